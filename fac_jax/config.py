@@ -1,0 +1,343 @@
+"""One YAML file, and dotted flags over it, become frozen dataclasses.
+
+Reads a YAML file; writes the resolved config (`to_yaml`) so that every product can keep the one it was made with.
+Every field's docstring is its `--help`; where the paper (arXiv 2602.10388) or its code gives a value, it is quoted.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import yaml
+
+from fac_jax.errors import UserError
+from fac_jax.plain import from_plain, suggest, to_plain
+
+
+def check(ok: bool, message: str) -> None:
+    """Raise `UserError(message)` unless `ok`: validation where a value is born."""
+    if not ok:
+        raise UserError(message)
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Where a run keeps its products."""
+
+    dir: str = "runs/default"
+    """Run directory; every product of the run is written below it."""
+    seed: int = 0
+    """Seed of everything random in the run (initialisation, shuffling, sampling)."""
+
+
+@dataclass(frozen=True)
+class MeshConfig:
+    """How devices are arranged; both axes are 1 on a laptop."""
+
+    data: int | None = None
+    """Devices along the batch axis; by default all that `feature` leaves."""
+    feature: int = 1
+    """Devices along the SAE-feature and model-parallel axis."""
+
+
+@dataclass(frozen=True)
+class BackboneConfig:
+    """The language model whose residual stream is read."""
+
+    model: str = "HuggingFaceTB/SmolLM2-135M-Instruct"
+    """Hub id, local Hugging Face directory, .gguf file, or pkg://PACKAGE/FILE inside an installed package."""
+    layer: int = 16
+    """Blocks applied before the residual is read: layer 16 equals Hugging Face hidden_states[16]
+    (paper: 16 for Llama-3.1-8B and Mistral-7B, 14 for Qwen2-7B)."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Compute type; auto is float32 on CPU and bfloat16 on accelerators."""
+    rows_per_batch: int = 8
+    """Packed rows in one forward pass."""
+    row_tokens: int = 512
+    """Tokens in a packed row; several documents share one, attention never crosses them."""
+
+    def __post_init__(self) -> None:
+        check(self.layer >= 1, f"backbone.layer is {self.layer}; it counts blocks applied, so it starts at 1")
+        check(self.rows_per_batch >= 1, f"backbone.rows_per_batch is {self.rows_per_batch}; it must be at least 1")
+        check(self.row_tokens >= 16, f"backbone.row_tokens is {self.row_tokens}; it must be at least 16")
+
+
+@dataclass(frozen=True)
+class Source:
+    """Files of one kind, and which of their rows are taken."""
+
+    path: str
+    """File, glob, or pkg://PACKAGE/GLOB inside an installed package."""
+    format: Literal["auto", "jsonl", "json", "csv", "tsv", "parquet", "txt", "chitchat"] = "auto"
+    """How the file is read; auto goes by its ending (.gz and .zst are opened)."""
+    text: str = "text"
+    """Field with the user's text, or with a list of {role, content} messages."""
+    label: str | None = None
+    """Field with the label (true/false or a number; above 0.5 is positive)."""
+    constant_label: float | None = None
+    """Label of every row of this source, where the files have none."""
+    skip_lines: int = 0
+    """Lines skipped at the head of each file (csv and tsv)."""
+    split: tuple[float, float] = (0.0, 1.0)
+    """Rows whose hash of the document id, in [0, 1), lies in [low, high): fixed by content, not by order."""
+    limit: int | None = None
+    """Documents taken from this source, at most."""
+
+    def __post_init__(self) -> None:
+        low, high = self.split
+        check(0 <= low < high <= 1, f"split is {self.split} for {self.path}; it must be 0 <= low < high <= 1")
+        check(
+            self.label is None or self.constant_label is None,
+            f"{self.path} has both label: {self.label} and constant_label: {self.constant_label}; keep one",
+        )
+
+
+@dataclass(frozen=True)
+class DataSet:
+    """Documents from one or more sources; a document seen twice counts once."""
+
+    sources: tuple[Source, ...] = ()
+    """Where the documents come from, in this order."""
+    sample: float = 1.0
+    """Fraction of the documents kept, chosen by hash of the document id (paper: seed = a 10% subset)."""
+    max_tokens: int = 256
+    """Tokens of a document, template included, that are kept (code: 286 for Llama, 256 for others)."""
+    on_bad_row: Literal["stop", "skip"] = "stop"
+    """A malformed row stops the run with its file and line, or is counted, listed and skipped."""
+
+    def __post_init__(self) -> None:
+        check(0 < self.sample <= 1, f"sample is {self.sample}; it must lie in (0, 1]")
+        check(self.max_tokens >= 8, f"max_tokens is {self.max_tokens}; it must be at least 8")
+
+
+@dataclass(frozen=True)
+class HarvestConfig:
+    """Corpus to activation store."""
+
+    data: str = "corpus"
+    """Name of the data set to harvest."""
+    tokens: int | None = None
+    """Rows (content tokens, training and validation together) to harvest, at least; by default the whole corpus."""
+    validation_fraction: float = 0.1
+    """Fraction of documents, by hash, whose rows are held out of training (paper: 90/10)."""
+    shard_rows: int = 16_384
+    """Rows shuffled together and written as one shard; a kill loses at most this much work."""
+
+    def __post_init__(self) -> None:
+        check(
+            0 < self.validation_fraction < 1,
+            f"harvest.validation_fraction is {self.validation_fraction}; it must lie in (0, 1)",
+        )
+        check(self.shard_rows >= 128, f"harvest.shard_rows is {self.shard_rows}; it must be at least 128")
+
+
+@dataclass(frozen=True)
+class SaeConfig:
+    """Shape of the sparse autoencoder."""
+
+    features: int = 65_536
+    """Number of features (paper: 65,536)."""
+    k: int = 20
+    """Features kept per token once annealing is over (paper: 20)."""
+
+    def __post_init__(self) -> None:
+        check(
+            0 < self.k <= self.features, f"sae.k is {self.k} and sae.features {self.features}; need 0 < k <= features"
+        )
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Store to SAE."""
+
+    compat: Literal["none", "official"] = "none"
+    """official: the published code's initialisation, zero biases, K schedule, no row filter and no auxiliary loss."""
+    store: str | None = None
+    """Activation store to train on; by default the run's own."""
+    steps: int = 10_000
+    """Optimizer steps."""
+    batch_rows: int = 4_096
+    """Rows (tokens) in one step."""
+    learning_rate: float = 1e-3
+    """Adam's rate, constant after warm-up (paper: 1e-3)."""
+    warmup_steps: int = 0
+    """Steps over which the rate rises linearly from 0."""
+    k_start: int = 200
+    """K of the first step (code: 200, so that the first k used is 199)."""
+    anneal_steps: int = 625
+    """Steps over which K falls linearly to sae.k (code: half of the first epoch, 625)."""
+    aux_coefficient: float = 1 / 32
+    """Weight of the auxiliary loss that revives dead features (0 turns it off)."""
+    aux_k: int = 256
+    """Dead features that share in the auxiliary reconstruction."""
+    dead_after_rows: int = 10_000_000
+    """A feature is dead when it has not been active for this many rows."""
+    norm_filter: float = 10.0
+    """Rows whose norm exceeds this many medians (attention sinks) are left out of the loss; 0 keeps all."""
+    log_every: int = 20
+    """Steps between lines of metrics.jsonl."""
+    checkpoint_every: int = 200
+    """Steps between checkpoints; a killed run goes on from the last one."""
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch_rows", "k_start", "log_every", "checkpoint_every"):
+            check(getattr(self, name) >= 1, f"train.{name} is {getattr(self, name)}; it must be at least 1")
+
+
+@dataclass(frozen=True)
+class ScanConfig:
+    """Corpus to per-feature statistics and per-sample peaks."""
+
+    acts: Literal["topk", "relu"] = "topk"
+    """Which activations count: topk as in the paper's formula, relu (top-k off) as in its code."""
+    sae: str | None = None
+    """SAE folder to scan with; by default the run's own."""
+    top_spans: int = 10
+    """Top-scoring spans kept per feature (code: 10)."""
+    span_tokens: int = 32
+    """Tokens of a span, activating token included (code: 32)."""
+
+
+@dataclass(frozen=True)
+class ExplainConfig:
+    """Features to text."""
+
+    spans: int = 10
+    """Top spans shown per feature (code: 10)."""
+    tokens: int = 8
+    """Tokens named per feature by the embedded method."""
+
+
+@dataclass(frozen=True)
+class JudgeConfig:
+    """Features to task relevance."""
+
+    task: str = "toxicity"
+    """Task folder under fac_jax/features/tasks."""
+    false_discovery_rate: float = 0.05
+    """Embedded method: level of the Benjamini-Hochberg procedure."""
+    min_documents: int = 3
+    """Embedded method: features active on fewer anchor documents are not tested."""
+    relevant_label: Literal["Yes", "Probably", "Maybe"] = "Maybe"
+    """LLM method: lowest label that counts as relevant (paper: Maybe)."""
+
+
+@dataclass(frozen=True)
+class CoverageConfig:
+    """Set arithmetic over scans."""
+
+    anchor: str = "anchor"
+    """Data set that defines what could be covered (paper: HH-RLHF + HelpSteer2)."""
+    seed: str = "seed"
+    """Data set whose gaps are sought (paper: a 10% subset)."""
+    threshold: float = 1.0
+    """A feature is active on a sample when its peak exceeds this, strictly (paper: default 0.0, best in [1, 2])."""
+    sweep: tuple[float, ...] = (0.0, 0.5, 1.0, 2.0, 4.0)
+    """Thresholds that the report shows side by side."""
+    length_match_draws: int = 20
+    """Seeded subsamples of the longer set for the length-matched figure."""
+
+
+@dataclass(frozen=True)
+class SynthesizeConfig:
+    """Missing features to new samples."""
+
+    max_features: int | None = None
+    """Missing features that are written for, those with the highest anchor peaks first; by default all."""
+    candidates: int = 4
+    """Step 1: candidates per missing feature."""
+    second_step: int = 4
+    """Step 2: candidates per missing feature, from its contrastive pair."""
+    keep_per_feature: int = 1
+    """Samples kept per feature, best activation first."""
+    temperature: float = 0.8
+    """Sampling temperature (paper: 0.8)."""
+    top_p: float = 0.9
+    """Nucleus (paper: 0.9)."""
+    max_new_tokens: int = 900
+    """Tokens a candidate may take (paper: 900)."""
+
+
+@dataclass(frozen=True)
+class FinetuneConfig:
+    """Does it help? A classifier on frozen activations, seed against seed + synthetic."""
+
+    heldout: str = "heldout"
+    """Labelled data set that is never trained on."""
+    seeds: tuple[int, ...] = (42, 43, 44)
+    """Seeds (paper: 42, 43, 44)."""
+    epochs: int = 15
+    """Passes over the training set (paper, head only: 15)."""
+    learning_rate: float = 8e-5
+    """Adam's rate (paper, head only: 8e-5)."""
+    batch: int = 4
+    """Samples in a step (paper, head only: 4)."""
+
+
+@dataclass(frozen=True)
+class LlmConfig:
+    """Who explains, judges and writes: a server, or the backbone itself."""
+
+    url: str | None = None
+    """Base URL of an OpenAI-compatible server, such as http://127.0.0.1:8000/v1; none: embedded methods."""
+    model: str | None = None
+    """Model name as the server knows it; by default the first one it lists."""
+    key_env: str = "OPENAI_API_KEY"
+    """Environment variable with the key; it is never written anywhere."""
+    timeout_s: float = 120.0
+    """Seconds a request may take."""
+    retries: int = 5
+    """Tries after the first one, on 429, 5xx and broken connections, with growing pauses."""
+    concurrency: int = 16
+    """Requests in flight."""
+    local_batch: int = 32
+    """Prompts decoded together when the backbone itself writes."""
+
+
+@dataclass(frozen=True)
+class Config:
+    """Everything a run is made from."""
+
+    run: RunConfig = RunConfig()
+    mesh: MeshConfig = MeshConfig()
+    backbone: BackboneConfig = BackboneConfig()
+    data: dict[str, DataSet] = field(default_factory=dict)
+    """Data sets by name."""
+    harvest: HarvestConfig = HarvestConfig()
+    sae: SaeConfig = SaeConfig()
+    train: TrainConfig = TrainConfig()
+    scan: ScanConfig = ScanConfig()
+    explain: ExplainConfig = ExplainConfig()
+    judge: JudgeConfig = JudgeConfig()
+    coverage: CoverageConfig = CoverageConfig()
+    synthesize: SynthesizeConfig = SynthesizeConfig()
+    finetune: FinetuneConfig = FinetuneConfig()
+    llm: LlmConfig = LlmConfig()
+
+    def dataset(self, name: str) -> DataSet:
+        """The data set called `name`, or an error that lists the names there are."""
+        if name not in self.data:
+            hint = suggest(name, self.data)
+            raise UserError(
+                f"no data set is called {name!r} under data:{hint}; there are: {', '.join(self.data) or 'none'}"
+            )
+        return self.data[name]
+
+
+def load_config(path: str | Path) -> Config:
+    """Read a YAML file strictly. Raises UserError for a missing file, bad YAML, an unknown key or a wrong type."""
+    path = Path(path)
+    try:
+        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"config {path} does not exist; configs/quickstart.yaml is one to start from") from None
+    except yaml.YAMLError as error:
+        raise UserError(f"config {path} is not valid YAML: {error}") from None
+    return from_plain(Config, raw or {}, str(path))
+
+
+def to_yaml(config: Config) -> str:
+    """The resolved config; `load_config` of it gives the same config back."""
+    return yaml.safe_dump(to_plain(config), sort_keys=False, allow_unicode=True)

@@ -1,0 +1,278 @@
+"""A run directory: every stage's product, the record that says what it was made from, and one owner at a time.
+
+A stage is done when its record (`stage.json`, written last and renamed into place) holds the digest of the settings the
+stage reads and of its inputs. Done is not done again; a product made from other settings is set aside under
+`superseded/` and comes back by itself when those settings do, so nothing is lost and nothing is computed twice.
+A half-made product stays where it is, and the same command goes on from it.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import importlib.metadata
+import json
+import logging
+import os
+import platform
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fac_jax.config import Config, to_yaml
+from fac_jax.errors import UserError
+from fac_jax.plain import digest, to_plain
+
+log = logging.getLogger(__name__)
+
+RECORD = "stage.json"
+PARTIAL = "stage.partial.json"
+SUPERSEDED = "superseded"
+FORMAT = 1  # raised when a product's layout changes: older products are then made again
+PACKAGES = ("fac-jax", "jax", "flax", "optax", "orbax-checkpoint", "transformers", "grain", "tensorstore", "numpy")
+
+StageFunction = Callable[[Config, Path, Mapping[str, Path]], dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One step of the pipeline: what it writes, what it is made from, and the verb that makes it."""
+
+    name: str
+    """Such as `scan:anchor`; the key under which later stages find its product."""
+    folder: str
+    """Product folder, relative to the run directory."""
+    verb: str
+    """Command line that makes it alone, such as `scan --data anchor`."""
+    function: StageFunction
+    settings: Any
+    """Every setting and fingerprint that changes the product (dataclasses and plain values)."""
+    inputs: tuple[str, ...] = ()
+    """Earlier stages by name; `coverage/missing.parquet` means that one file of the product and nothing else of it."""
+
+
+@dataclass(frozen=True)
+class Record:
+    """What `stage.json` holds."""
+
+    stage: str
+    digest: str
+    finished: str
+    seconds: float
+    summary: dict[str, Any]
+    settings: Any
+    inputs: dict[str, str]
+    versions: dict[str, str]
+    files: dict[str, int]
+
+
+def read_record(folder: Path) -> Record | None:
+    """The record of a finished product, or None. Raises UserError when the file is there and cannot be read."""
+    path = folder / RECORD
+    try:
+        return Record(**json.loads(path.read_text(encoding="utf-8")))
+    except FileNotFoundError:
+        return None
+    except (ValueError, TypeError) as error:
+        raise UserError(f"{path} cannot be read ({error}); delete it to make the stage again") from None
+
+
+class Run:
+    """A run directory of one config. `with Run(config) as run:` owns it; a second owner gets a UserError."""
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+        self.dir = Path(config.run.dir)
+        self._lock: int | None = None
+
+    def __enter__(self) -> Run:
+        try:
+            self.dir.mkdir(parents=True, exist_ok=True)
+            self._lock = os.open(self.dir / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+        except OSError as error:
+            raise UserError(
+                f"run.dir {self.dir} cannot be written ({error.strerror}); choose another run.dir"
+            ) from None
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            owner = os.read(self._lock, 4096).decode(errors="replace") or "another process"
+            os.close(self._lock)
+            raise UserError(
+                f"run.dir {self.dir} is in use by {owner}; wait for it, stop it, or choose another --run.dir"
+            ) from None
+        os.ftruncate(self._lock, 0)
+        os.pwrite(self._lock, f"process {os.getpid()} on {platform.node()} ({' '.join(sys.argv[:3])})".encode(), 0)
+        write_text(self.dir / "config.yaml", to_yaml(self.config))
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if self._lock is not None:
+            os.ftruncate(self._lock, 0)
+            os.close(self._lock)
+            self._lock = None
+
+    def folder(self, stage: Stage) -> Path:
+        """Product folder of a stage; always inside the run directory."""
+        return self.dir / stage.folder
+
+    def execute(self, stage: Stage, stages: Mapping[str, Stage]) -> Record:
+        """Make the product of `stage` unless it is there; `stages` holds the earlier ones by name.
+
+        Raises UserError when an input is missing or was made with other settings than the config has now.
+        """
+        inputs = self.input_digests(stage, stages)
+        key = self._key(stage, inputs)
+        out = self.folder(stage)
+        self._set_aside_other_product(stage, key)
+        done = read_record(out)
+        if done is not None:
+            self._check_files(done, out, stage)
+            log.info("%s: done already (%s)", stage.name, done.finished)
+            return done
+        out.mkdir(parents=True, exist_ok=True)
+        write_text(out / PARTIAL, json.dumps({"digest": key}))
+        started = time.monotonic()
+        folders = {name: self.folder(stages[name.partition("/")[0]]) for name in stage.inputs}
+        folders = {name.partition("/")[0]: folder for name, folder in folders.items()}
+        summary = stage.function(self.config, out, folders)
+        record = Record(
+            stage=stage.name, digest=key, finished=time.strftime("%Y-%m-%d %H:%M:%S"),
+            seconds=round(time.monotonic() - started, 2), summary=summary, settings=to_plain(stage.settings),
+            inputs=inputs, versions=versions(), files=dict(_files(out)),
+        )  # fmt: skip
+        write_text(out / RECORD, json.dumps(to_plain(record), indent=1, allow_nan=False))
+        (out / PARTIAL).unlink()
+        return record
+
+    def input_digests(self, stage: Stage, stages: Mapping[str, Stage]) -> dict[str, str]:
+        """Digest of each input; UserError names the command that makes a missing or outdated one."""
+        found = {}
+        for name in stage.inputs:
+            owner, _, file = name.partition("/")
+            source = stages[owner]
+            record = read_record(self.folder(source))
+            command = f"`fac {source.verb.split()[0]} CONFIG{''.join(' ' + w for w in source.verb.split()[1:])}`"
+            if record is None:
+                raise UserError(f"{stage.name} needs {self.folder(source)}, which is not made yet: run {command} first")
+            if record.digest != self._key(source, self.input_digests(source, stages)):
+                raise UserError(
+                    f"{stage.name} needs {self.folder(source)}, which was made with other settings than the config "
+                    f"has now: run {command} again (`fac status CONFIG` shows what changed)"
+                )
+            self._check_files(record, self.folder(source), source)
+            found[name] = record.digest if not file else file_digest(self.folder(source) / file)
+        return found
+
+    def state(self, stage: Stage, stages: Mapping[str, Stage]) -> tuple[str, Record | None]:
+        """`done`, `outdated`, `partial` or `absent`, and the record when there is one."""
+        record = read_record(self.folder(stage))
+        if record is None:
+            return ("partial" if (self.folder(stage) / PARTIAL).exists() else "absent"), None
+        try:
+            current = record.digest == self._key(stage, self.input_digests(stage, stages))
+        except UserError:
+            current = False
+        return ("done" if current else "outdated"), record
+
+    def _key(self, stage: Stage, inputs: Mapping[str, str]) -> str:
+        return digest({"stage": stage.name, "format": FORMAT, "settings": stage.settings, "inputs": dict(inputs)})
+
+    def _set_aside_other_product(self, stage: Stage, key: str) -> None:
+        out = self.folder(stage)
+        there = _digest_of(out)
+        if there == key:
+            return
+        if there is not None:
+            aside = self.dir / SUPERSEDED / f"{stage.folder.replace('/', '-')}-{there}"
+            aside.parent.mkdir(exist_ok=True)
+            if aside.exists():
+                raise UserError(f"both {out} and {aside} hold the product {there}; delete one of them")
+            os.replace(out, aside)
+            log.info("%s: settings or inputs changed; the old product is kept at %s", stage.name, aside)
+        kept = self.dir / SUPERSEDED / f"{stage.folder.replace('/', '-')}-{key}"
+        if kept.exists():
+            out.parent.mkdir(parents=True, exist_ok=True)
+            os.replace(kept, out)
+            log.info("%s: a product with these settings was kept; it is back", stage.name)
+
+    def _check_files(self, record: Record, folder: Path, stage: Stage) -> None:
+        there = dict(_files(folder))
+        for file, size in record.files.items():
+            if there.get(file) != size:
+                what = "is missing" if file not in there else f"has {there[file]} bytes instead of {size}"
+                raise UserError(
+                    f"{folder / file} {what}: the product of {stage.name} is damaged; delete {folder / RECORD} "
+                    "to make the stage again, or restore the file"
+                )
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file atomically: a temporary name in the same folder, then a rename."""
+    with writing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[Path]:
+    """A temporary path beside `path` that becomes `path` when the block ends well, and vanishes when it does not."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def file_digest(path: Path) -> str:
+    """SHA-256 (16 hex digits) of a file's bytes."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()[:16]
+
+
+def fingerprint(path: Path) -> str:
+    """Digest of a file's size and its first and last mebibyte: cheap on corpora and weights of any size."""
+    size = path.stat().st_size
+    with open(path, "rb") as file:
+        head = file.read(2**20)
+        file.seek(max(size - 2**20, 0))
+        tail = file.read(2**20)
+    return hashlib.sha256(f"{size}:".encode() + head + tail).hexdigest()[:16]
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the packages that touch the numbers."""
+    found = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            found[package] = "not installed"
+    return found
+
+
+def _digest_of(folder: Path) -> str | None:
+    """Digest that a finished or half-made product is for; None where there is no product."""
+    record = read_record(folder)
+    if record is not None:
+        return record.digest
+    try:
+        return str(json.loads((folder / PARTIAL).read_text(encoding="utf-8"))["digest"])
+    except FileNotFoundError:
+        return None
+    except (ValueError, KeyError) as error:
+        raise UserError(
+            f"{folder / PARTIAL} cannot be read ({error}); delete {folder} to start the stage afresh"
+        ) from None
+
+
+def _files(folder: Path) -> Iterator[tuple[str, int]]:
+    for path in sorted(folder.rglob("*")):
+        if path.is_file() and path.name not in (RECORD, PARTIAL) and not path.name.endswith(".tmp"):
+            yield str(path.relative_to(folder)), path.stat().st_size

@@ -1,0 +1,10 @@
+#!/usr/bin/env bash
+# Lint, types and every test. Makes .venv if need be; arguments go to pytest.
+set -euo pipefail
+source "$(dirname "${BASH_SOURCE[0]}")/install.sh"
+cd "$ROOT"
+fac_install "dev,torch" "$ROOT/launch/quickstart-data.txt"
+.venv/bin/ruff check fac_jax tests
+.venv/bin/ruff format --check fac_jax tests
+.venv/bin/mypy fac_jax
+exec .venv/bin/python -m pytest "$@"

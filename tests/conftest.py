@@ -1,0 +1,31 @@
+"""Every test sees eight CPU devices, so that a mesh of 1x1 and one of 2x4 are both real."""
+
+from __future__ import annotations
+
+import os
+
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8".strip()
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import pytest
+from jax.sharding import Mesh
+
+from fac_jax.config import MeshConfig
+from fac_jax.mesh import make_mesh
+
+
+@pytest.fixture(scope="session")
+def mesh_1x1() -> Mesh:
+    return make_mesh(MeshConfig(data=1, feature=1))
+
+
+@pytest.fixture(scope="session")
+def mesh_2x4() -> Mesh:
+    return make_mesh(MeshConfig(data=2, feature=4))
+
+
+@pytest.fixture(params=["1x1", "2x4"])
+def mesh(request: pytest.FixtureRequest) -> Mesh:
+    data, feature = map(int, request.param.split("x"))
+    return make_mesh(MeshConfig(data=data, feature=feature))

@@ -1,0 +1,79 @@
+"""A typo in the file or in a flag is an error that names the right word; what is written is read back as it was."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+import yaml
+
+from fac_jax.config import Config, load_config, to_yaml
+from fac_jax.errors import UserError
+from fac_jax.plain import digest, from_plain, to_plain
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda p: p.name)
+def test_every_shipped_config_loads_and_round_trips(path: Path) -> None:
+    config = load_config(path)
+    assert from_plain(Config, yaml.safe_load(to_yaml(config)), "again") == config
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("sea: {}", ["no key 'sea'", "did you mean 'sae'"]),
+        ("sae: {feature: 4}", ["no key 'feature'", "did you mean 'features'"]),
+        ("sae: {k: many}", ["k is 'many'", "must be int"]),
+        ("sae: {k: true}", ["k is True", "must be int"]),
+        ("sae: {k: 9, features: 4}", ["sae.k is 9", "sae.features 4"]),
+        ("scan: {acts: topkk}", ["did you mean 'topk'", "relu"]),
+        ("data: {a: {sources: [{format: csv}]}}", ["sources.0", "lacks the key 'path'"]),
+        ("data: {a: {sources: [{path: x, split: [0.5, 0.1]}]}}", ["(0.5, 0.1)", "low < high"]),
+        ("data: {a: {sources: [{path: x, split: [0.5]}]}}", ["has 1 items", "must have 2"]),
+        ("data: {a: {sources: [{path: x, label: y, constant_label: 1}]}}", ["keep one"]),
+        ("backbone: [1]", ["must be a mapping"]),
+        ("backbone: {layer: 0}", ["starts at 1"]),
+        ("a: [", ["not valid YAML"]),
+    ],
+)
+def test_a_mistake_is_named(tmp_path: Path, text: str, words: list[str]) -> None:
+    path = tmp_path / "c.yaml"
+    path.write_text(text)
+    with pytest.raises(UserError) as error:
+        load_config(path)
+    for word in words:
+        assert word in str(error.value)
+
+
+def test_a_missing_file_says_where_to_start() -> None:
+    with pytest.raises(UserError, match="configs/quickstart.yaml"):
+        load_config("nowhere.yaml")
+
+
+def test_an_unknown_data_set_lists_those_there_are() -> None:
+    config = load_config(ROOT / "configs/quickstart.yaml")
+    with pytest.raises(UserError, match=r"'ancor'.*did you mean 'anchor'.*chat, anchor, seed, heldout"):
+        config.dataset("ancor")
+
+
+def test_yaml_1_1_floats_such_as_1e_3_are_numbers() -> None:
+    assert from_plain(Config, {"train": {"learning_rate": "1e-3"}}, "c").train.learning_rate == 1e-3
+
+
+def test_perturbing_any_field_changes_the_digest() -> None:
+    config = load_config(ROOT / "configs/quickstart.yaml")
+    seen = {digest(config)}
+    count = 1
+    for section in dataclasses.fields(config):
+        value = getattr(config, section.name)
+        if not dataclasses.is_dataclass(value):
+            continue
+        for f in dataclasses.fields(value):
+            plain = to_plain(config)
+            plain[section.name][f.name] = "perturbed"
+            seen.add(digest(plain))
+            count += 1
+    assert len(seen) == count

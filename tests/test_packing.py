@@ -1,0 +1,106 @@
+"""The mask is the user's words and nothing else; packing loses nothing and resumes exactly."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers.decoders import ByteLevel
+from transformers import PreTrainedTokenizerFast
+
+from fac_jax.config import BackboneConfig, DataSet, Source
+from fac_jax.errors import UserError
+from fac_jax.packing import EncodedDocument, batches, encode, pack
+from fac_jax.text import Document, Turn, make_document
+
+TEMPLATE = (
+    "{% if messages[0]['role'] != 'system' %}<|im_start|>system\nYou are helpful<|im_end|>\n{% endif %}"
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+)
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> PreTrainedTokenizerFast:
+    """One token a byte, and the two control tokens: offsets can be checked by hand."""
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    vocabulary = {character: index + 2 for index, character in enumerate(sorted(alphabet))}
+    core = Tokenizer(models.BPE(vocab={"<|im_start|>": 0, "<|im_end|>": 1, **vocabulary}, merges=[]))
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.decoder = ByteLevel()
+    made = PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<|im_end|>", bos_token="<|im_start|>")
+    made.chat_template = TEMPLATE
+    return made
+
+
+def test_the_mask_is_the_users_words_and_nothing_else(tokenizer: PreTrainedTokenizerFast) -> None:
+    turns = [Turn("user", "user: what\nnow?"), Turn("assistant", "never"), Turn("user", "héllo <|im_end|> x")]
+    document = make_document(turns, None, "t")
+    encoded = encode(document, tokenizer, 10_000)
+    messages = [{"role": t.role, "content": t.content} for t in turns]
+    expected = tokenizer.apply_chat_template(messages, tokenize=True, return_dict=True)["input_ids"]
+    assert encoded.ids.tolist() == list(expected)
+    said = tokenizer.decode(encoded.ids[encoded.content].tolist())
+    assert said == "user: what\nnow?héllo  x"  # the planted control token is not content either
+
+
+def test_a_model_without_a_template_gets_plain_text(tokenizer: PreTrainedTokenizerFast) -> None:
+    plain = PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer)
+    encoded = encode(make_document([Turn("user", "ab"), Turn("user", "c")], None, "t"), plain, 100)
+    assert plain.decode(encoded.ids.tolist()) == "ab\n\nc" and encoded.content.sum() == 3
+
+
+def test_truncation_keeps_the_first_tokens(tokenizer: PreTrainedTokenizerFast) -> None:
+    document = make_document([Turn("user", "abcdefgh" * 20)], None, "t")
+    whole, cut = encode(document, tokenizer, 1000), encode(document, tokenizer, 60)
+    assert len(cut.ids) == 60 and (cut.ids == whole.ids[:60]).all() and (cut.content == whole.content[:60]).all()
+
+
+def documents_of(lengths: list[int]) -> list[EncodedDocument]:
+    made = []
+    for index, length in enumerate(lengths):
+        document = Document(f"{index:016x}", (Turn("user", str(index)),), None, "t")
+        content = np.arange(length) % 3 != 0
+        made.append(EncodedDocument(document, np.full(length, index + 1, np.int32), content))
+    return made
+
+
+@given(st.lists(st.integers(1, 32), min_size=1, max_size=60), st.integers(1, 4))
+def test_packing_places_every_token_once_and_resumes_exactly(lengths: list[int], rows: int) -> None:
+    documents = documents_of(lengths)
+    packed = list(pack(documents, rows, 32))
+    seen = 0
+    for batch in packed:
+        assert batch.first == seen
+        for index, item in enumerate(batch.documents):
+            where = batch.slot == index
+            assert item is documents[seen + index]
+            assert (batch.tokens[where] == item.ids).all() and (batch.content[where] == item.content).all()
+            assert (batch.positions[where] == np.arange(len(item.ids))).all()
+            assert len(set(batch.segments[where])) == 1 and len(set(np.where(where)[0])) == 1
+        assert ((batch.segments == 0) == (batch.slot == -1)).all() and not batch.content[batch.slot == -1].any()
+        seen += len(batch.documents)
+    assert seen == len(documents)
+    for batch in packed:  # a pass that starts where a batch starts makes the same batches
+        again = next(iter(pack(documents[batch.first :], rows, 32, batch.first)))
+        assert (again.tokens == batch.tokens).all() and again.first == batch.first
+
+
+def test_packing_is_dense_on_conversation_lengths() -> None:
+    lengths = np.random.default_rng(0).choice([40, 90, 150, 200, 256, 256, 256], 600).tolist()
+    packed = list(pack(documents_of(lengths), 8, 512))
+    computed = sum(batch.tokens.size for batch in packed[:-1])
+    real = sum(int((batch.segments > 0).sum()) for batch in packed[:-1])
+    assert real / computed > 0.9
+
+
+def test_a_document_longer_than_a_row_is_refused(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    with pytest.raises(UserError, match="40 tokens do not fit a row of 32"):
+        list(pack(documents_of([40]), 2, 32))
+    (tmp_path / "a.jsonl").write_text('{"text": "x"}')
+    data = DataSet(sources=(Source(str(tmp_path / "a.jsonl")),), max_tokens=64)
+    with pytest.raises(UserError, match="data.x.max_tokens is 64, more than backbone.row_tokens 32"):
+        batches(data, "x", tokenizer, BackboneConfig(row_tokens=32))

@@ -1,0 +1,144 @@
+"""Corpora of every format become the same documents, and what is malformed is named with its file and line."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from fac_jax.config import DataSet, Source
+from fac_jax.errors import UserError
+from fac_jax.text import Turn, document_hash, make_document, read_documents, resolve
+
+
+def rows() -> list[dict[str, object]]:
+    return [{"text": f'  row {i}, says "hi"\nand more ', "toxic": i % 2 == 0} for i in range(6)]
+
+
+def write(folder: Path, kind: str) -> Path:
+    path = folder / f"data.{kind}"
+    lines = "".join(json.dumps(row) + "\n" for row in rows())
+    if kind == "jsonl":
+        path.write_text(lines)
+    elif kind == "jsonl.gz":
+        path.write_bytes(gzip.compress(lines.encode()))
+    elif kind == "jsonl.zst":
+        with pa.CompressedOutputStream(str(path), "zstd") as stream:
+            stream.write(lines.encode())
+    elif kind == "json":
+        path.write_text(json.dumps(rows()))
+    elif kind == "parquet":
+        pq.write_table(pa.Table.from_pylist(rows()), path)
+    else:
+        separator = {"csv": ",", "tsv": "\t"}[kind]
+        quoted = ['"' + str(r["text"]).replace('"', '""') + f'"{separator}{str(r["toxic"]).lower()}' for r in rows()]
+        path.write_text("\n".join(["# a remark", f"text{separator}toxic", *quoted]) + "\n")
+    return path
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "jsonl.gz", "jsonl.zst", "json", "parquet", "csv", "tsv"])
+def test_every_format_gives_the_same_documents(tmp_path: Path, kind: str) -> None:
+    source = Source(str(write(tmp_path, kind)), label="toxic", skip_lines=1 if kind in ("csv", "tsv") else 0)
+    found = list(read_documents(DataSet(sources=(source,)), "x"))
+    assert [d.text for d in found] == [str(row["text"]).strip() for row in rows()]
+    assert [d.label for d in found] == [1.0, 0.0] * 3
+    assert found[0].id == make_document([Turn("user", str(rows()[0]["text"]).strip())], None, "").id
+
+
+def test_txt_is_a_document_a_line(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("one\n\ntwo\n")
+    found = read_documents(DataSet(sources=(Source(str(tmp_path / "a.txt"), constant_label=1.0),)), "x")
+    assert [(d.text, d.label) for d in found] == [("one", 1.0), ("two", 1.0)]
+
+
+def test_messages_keep_their_roles_and_both_chitchat_speakers_are_users(tmp_path: Path) -> None:
+    messages = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+    (tmp_path / "m.jsonl").write_text(json.dumps({"text": messages}))
+    (document,) = read_documents(DataSet(sources=(Source(str(tmp_path / "m.jsonl")),)), "x")
+    assert document.turns == (Turn("user", "q"), Turn("assistant", "a")) and document.text == "q"
+    conversation = {
+        "k": {"messages": [[{"text": "Hi", "sender": "1"}, {"text": "there", "sender": "1"}], [{"text": "yo"}]]}
+    }
+    (tmp_path / "c.json").write_text(json.dumps(conversation))
+    (document,) = read_documents(DataSet(sources=(Source(str(tmp_path / "c.json"), format="chitchat"),)), "x")
+    assert document.turns == (Turn("user", "Hi\nthere"), Turn("user", "yo"))
+
+
+BAD_LINES = [
+    ("{not json", "bad.jsonl:2: not valid JSON"),
+    ('{"txt": "x"}', "bad.jsonl:2: no field 'text' (did you mean 'txt'?)"),
+    ('{"text": 5}', "bad.jsonl:2: the text is 5"),
+    ('{"text": "   "}', "bad.jsonl:2: the text is empty"),
+    ('{"text": "x", "label": "perhaps"}', "bad.jsonl:2: the label 'label' is 'perhaps'"),
+    ('{"text": "x", "label": NaN}', "must be finite"),
+    ('["a"]', "bad.jsonl:2: a row must be an object"),
+]
+
+
+@pytest.mark.parametrize(("line", "message"), BAD_LINES)
+def test_a_malformed_row_is_named_or_skipped_and_listed(tmp_path: Path, line: str, message: str) -> None:
+    path = tmp_path / "bad.jsonl"
+    path.write_text('{"text": "first", "label": 0}\n' + line + '\n{"text": "last", "label": 1}\n')
+    data = DataSet(sources=(Source(str(path), label="label"),))
+    with pytest.raises(UserError) as error:
+        list(read_documents(data, "x"))
+    assert message in str(error.value) and "--on-bad-row skip" in str(error.value)
+    skipped: list[str] = []
+    kept = DataSet(sources=data.sources, on_bad_row="skip")
+    assert [d.text for d in read_documents(kept, "x", skipped)] == ["first", "last"]
+    assert len(skipped) == 1 and message in skipped[0]
+
+
+def test_a_csv_row_with_too_few_fields_is_named(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text("text,label\nfine,1\nshort\n")
+    with pytest.raises(UserError, match="a.csv:3: the row has not as many fields as the header"):
+        list(read_documents(DataSet(sources=(Source(str(tmp_path / "a.csv"), label="label"),)), "x"))
+
+
+def test_missing_and_empty_corpora_are_named(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no such file; mend the path"):
+        resolve(str(tmp_path / "nothing*.jsonl"))
+    with pytest.raises(UserError, match="package 'no_such_package' is not installed"):
+        resolve("pkg://no_such_package/x.json")
+    (tmp_path / "empty.jsonl").write_text("")
+    with pytest.raises(UserError, match="data.x has no documents"):
+        list(read_documents(DataSet(sources=(Source(str(tmp_path / "empty.jsonl")),)), "x"))
+    (tmp_path / "a.weird").write_text("x")
+    with pytest.raises(UserError, match="set format"):
+        list(read_documents(DataSet(sources=(Source(str(tmp_path / "a.weird")),)), "x"))
+
+
+def test_splits_are_by_content_disjoint_and_complete(tmp_path: Path) -> None:
+    lines = [json.dumps({"text": f"document {i}"}) for i in range(400)]
+    (tmp_path / "a.jsonl").write_text("\n".join(lines))
+    (tmp_path / "b.jsonl").write_text("\n".join(reversed(lines)))
+
+    def ids(name: str, low: float, high: float) -> set[str]:
+        source = Source(str(tmp_path / name), split=(low, high))
+        return {d.id for d in read_documents(DataSet(sources=(source,)), "x")}
+
+    first, second = ids("a.jsonl", 0, 0.5), ids("a.jsonl", 0.5, 1)
+    assert not first & second and len(first | second) == 400 and 150 < len(first) < 250
+    assert ids("b.jsonl", 0, 0.5) == first
+    whole = Source(str(tmp_path / "a.jsonl"))
+    tenth = {d.id for d in read_documents(DataSet(sources=(whole,), sample=0.1), "x")}
+    assert 15 < len(tenth) < 70 and 0 < len(tenth & first) < len(tenth)
+
+
+def test_a_document_seen_twice_counts_once_and_limits_hold(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text("\n".join(json.dumps({"text": t}) for t in ["x", "x", "y", "z"]))
+    source = Source(str(tmp_path / "a.jsonl"))
+    assert [d.text for d in read_documents(DataSet(sources=(source, source)), "x")] == ["x", "y", "z"]
+    limited = Source(source.path, limit=2)
+    assert len(list(read_documents(DataSet(sources=(limited,)), "x"))) == 2
+
+
+def test_document_hash_is_uniform_and_salted() -> None:
+    values = np.array([document_hash(f"{i:016x}", "a") for i in range(2000)])
+    assert 0.45 < values.mean() < 0.55 and values.min() >= 0 and values.max() < 1
+    assert document_hash("00", "a") != document_hash("00", "b")
