@@ -5,6 +5,8 @@ Always set, 1x1 on a laptop. Axis names live here and nowhere else; what is not 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding
@@ -17,9 +19,9 @@ DATA = "data"
 FEATURE = "feature"
 
 
-def make_mesh(config: MeshConfig) -> Mesh:
-    """Mesh of all devices, shape (data, feature), Auto axes. Raises UserError when the sizes do not fit."""
-    devices = jax.devices()
+def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """Mesh of `devices` (default: all), shape (data, feature), Auto axes. UserError when the sizes do not fit."""
+    devices = jax.devices() if devices is None else devices
     data = config.data if config.data is not None else max(1, len(devices) // config.feature)
     if data * config.feature > len(devices) or data < 1 or config.feature < 1:
         raise UserError(

@@ -1,0 +1,152 @@
+"""Store to training batches: shuffled, the same for every reader, resumable from one integer.
+
+Reads blocks of an activation store. Batch `step` is a pure function of (store, seed, batch size, step), so the state of
+a training run's data is its step. Every epoch the blocks are permuted, dealt to `streams`, and each stream's rows are
+mixed in windows of blocks; a batch takes an equal share from every stream. As the writer shuffled rows within shards,
+the rows of a batch are as good as independent (test_stream.py: the variance of a per-document effect on a batch is 0.94
+times that of independent rows, and 2 times with windows of one block).
+
+Streams are what several hosts share: host h of H reads only streams h, h + H, ..., and the global batch is the same for
+every number of hosts that divides `streams`.
+
+The only module that uses grain.
+"""
+
+from __future__ import annotations
+
+import sys
+import threading
+from collections import OrderedDict
+from collections.abc import Callable
+from concurrent.futures import Future
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import grain
+import numpy as np
+from jaxtyping import Int64
+
+from fac_jax.activations.store import Rows, StoreReader, empty_rows
+from fac_jax.errors import UserError
+
+WINDOW_BLOCKS = 64  # mixed together, over all streams: 8,192 rows
+READ = grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)
+
+
+def batches(
+    reader: StoreReader,
+    batch_rows: int,
+    seed: int,
+    start_step: int = 0,
+    streams: int = 1,
+    host: int = 0,
+    hosts: int = 1,
+) -> grain.DatasetIterator[tuple[int, Rows]]:
+    """Endless (step, rows) from `start_step` on, read ahead by threads.
+
+    With several hosts each gets its `batch_rows / hosts` rows of the global batch. The iterator has grain's `get_state`
+    and `set_state`. Raises UserError when the sizes do not fit.
+    """
+    batch = batch_function(reader, batch_rows, seed, streams, host, hosts)
+    steps = grain.MapDataset.range(start_step, sys.maxsize // 2)
+    return iter(steps.map(lambda step: (int(step), batch(int(step)))).to_iter_dataset(READ))
+
+
+def batch_function(
+    reader: StoreReader, batch_rows: int, seed: int, streams: int = 1, host: int = 0, hosts: int = 1
+) -> Callable[[int], Rows]:
+    """The pure function step -> rows (this host's share); threads may call it. Neighbouring steps share their reads."""
+    if batch_rows % streams or streams % hosts:
+        raise UserError(
+            f"batch_rows {batch_rows} must be a multiple of streams {streams}, and that of hosts {hosts}: "
+            "change train.batch_rows"
+        )
+    if len(reader.block_rows) < streams:
+        raise UserError(f"store at {reader.path} has {len(reader.block_rows)} blocks, fewer than {streams} streams")
+    window_blocks = max(1, WINDOW_BLOCKS // streams)
+    mine = [_Stream(reader, seed, index, streams, window_blocks) for index in range(host, streams, hosts)]
+    share = batch_rows // streams
+
+    def batch(step: int) -> Rows:
+        rows = empty_rows(share * len(mine), reader.d_model)
+        for place, stream in enumerate(mine):
+            stream.read(step * share, rows.span(place * share, (place + 1) * share))
+        return rows
+
+    return batch
+
+
+@dataclass(frozen=True)
+class _Epoch:
+    """One pass of a stream: its blocks in order, and where each window's rows begin (with their number at the end)."""
+
+    blocks: Int64[np.ndarray, " n"]
+    starts: Int64[np.ndarray, " w"]
+
+
+class _Stream:
+    """An endless sequence of rows: blocks perm[index::streams] of epoch 0, of epoch 1, ..., mixed window by window."""
+
+    def __init__(self, reader: StoreReader, seed: int, index: int, streams: int, window_blocks: int) -> None:
+        self._reader, self._seed, self._index, self._streams = reader, seed, index, streams
+        self._window_blocks = window_blocks
+        self._epoch = lru_cache(maxsize=4)(self._make_epoch)
+        self._window = _Shared(self._read_window, kept=3)
+        self._epoch_starts = [0]
+
+    def read(self, row: int, into: Rows) -> None:
+        """Fill `into` with the rows of the sequence from `row` on."""
+        filled = 0
+        while filled < len(into):
+            number, offset = self._locate(row + filled)
+            starts = self._epoch(number).starts
+            window = int(np.searchsorted(starts, offset, side="right")) - 1
+            rows, order = self._window(number, window)
+            index = order[offset - starts[window] :][: len(into) - filled]
+            rows.take(index, into.span(filled, filled + len(index)))
+            filled += len(index)
+
+    def _locate(self, row: int) -> tuple[int, int]:
+        """Epoch of a row, and its offset there. Epochs of a stream differ in length, because some blocks are short."""
+        starts = self._epoch_starts
+        while starts[-1] <= row:
+            starts = [*starts, starts[-1] + int(self._epoch(len(starts) - 1).starts[-1])]
+        self._epoch_starts = starts
+        number = int(np.searchsorted(starts, row, side="right")) - 1
+        return number, row - starts[number]
+
+    def _make_epoch(self, number: int) -> _Epoch:
+        permutation = np.random.default_rng([self._seed, number]).permutation(len(self._reader.block_rows))
+        blocks = permutation[self._index :: self._streams]
+        sizes = self._reader.block_rows[blocks]
+        ends = np.add.reduceat(sizes, np.arange(0, len(blocks), self._window_blocks)).cumsum()
+        return _Epoch(blocks, np.concatenate([[0], ends]))
+
+    def _read_window(self, number: int, window: int) -> tuple[Rows, Int64[np.ndarray, " n"]]:
+        blocks = self._epoch(number).blocks[window * self._window_blocks :][: self._window_blocks]
+        rows = self._reader.read_blocks(blocks)
+        return rows, np.random.default_rng([self._seed, number, self._index, window]).permutation(len(rows))
+
+
+class _Shared:
+    """The last `kept` results of a function; threads that ask for the same one wait for a single call."""
+
+    def __init__(self, function: Callable[..., Any], kept: int) -> None:
+        self._function, self._kept = function, kept
+        self._lock, self._results = threading.Lock(), OrderedDict[tuple[int, ...], Future[Any]]()
+
+    def __call__(self, *key: int) -> Any:
+        with self._lock:
+            future = self._results.get(key)
+            if mine := future is None:
+                future = self._results[key] = Future()
+            self._results.move_to_end(key)
+            while len(self._results) > self._kept:
+                self._results.popitem(last=False)
+        if mine:
+            try:
+                future.set_result(self._function(*key))
+            except BaseException as error:
+                future.set_exception(error)
+        return future.result()

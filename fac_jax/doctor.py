@@ -1,0 +1,81 @@
+"""What this machine offers, and whether a config can run on it: `fac doctor [CONFIG]`.
+
+Asks everything that a run would trip over later: devices, mesh, model and corpus files, room on the disk, the server.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import httpx
+import jax
+
+from fac_jax.config import Config
+from fac_jax.errors import UserError
+from fac_jax.mesh import make_mesh
+from fac_jax.runs import versions
+from fac_jax.text import resolve
+
+LEAST_FREE_BYTES = 2**30  # the quickstart's run directory takes about half of it
+
+
+def checks(config: Config) -> Iterator[tuple[str, bool, str]]:
+    """(name, whether it is well, what was found or what to do), one at a time as they are made."""
+    yield "versions", True, ", ".join(f"{name} {version}" for name, version in versions().items())
+    yield "devices", True, f"{jax.device_count()} x {jax.devices()[0].device_kind} ({jax.default_backend()})"
+    yield from _check("mesh", lambda: f"{dict(make_mesh(config.mesh).shape)}")
+    if config.data:
+        yield from _check("model", lambda: _model(config))
+    for name in config.data:
+        yield from _check(f"data.{name}", lambda name=name: _data(config, name))
+    yield from _check("disk", lambda: _disk(config))
+    if config.llm.url:
+        yield from _check("llm", lambda: _server(str(config.llm.url)))
+    else:
+        yield "llm", True, "llm.url is not set: the embedded methods explain, judge and write"
+
+
+def _check(name: str, find: Callable[[], str]) -> Iterator[tuple[str, bool, str]]:
+    try:
+        yield name, True, find()
+    except UserError as error:
+        yield name, False, str(error)
+
+
+def _model(config: Config) -> str:
+    source = config.backbone.model
+    if source.startswith("pkg://") or source.endswith(".gguf"):
+        (file,) = resolve(source)
+        return f"{file.name}, {file.stat().st_size / 2**20:,.0f} MiB"
+    return (
+        f"{source} ({'a local directory' if Path(source).is_dir() else 'fetched from the model hub at the first run'})"
+    )
+
+
+def _data(config: Config, name: str) -> str:
+    files = [file for source in config.data[name].sources for file in resolve(source.path)]
+    return f"{len(files)} files, {sum(file.stat().st_size for file in files) / 2**20:,.1f} MiB"
+
+
+def _disk(config: Config) -> str:
+    folder = Path(config.run.dir).absolute()
+    while not folder.exists():
+        folder = folder.parent
+    free = shutil.disk_usage(folder).free
+    found = f"{free / 2**30:,.1f} GiB free for {config.run.dir}; a harvested token takes 2 bytes x d_model + 16"
+    if free < LEAST_FREE_BYTES:
+        raise UserError(f"{found}; free some space or choose another run.dir")
+    return found
+
+
+def _server(url: str) -> str:
+    try:
+        reply = httpx.get(f"{url.rstrip('/')}/models", timeout=5)
+        models = [str(model["id"]) for model in reply.json()["data"]]
+    except (httpx.HTTPError, ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"{url}/models does not answer as an OpenAI-compatible server ({error!r}); start it first"
+        ) from None
+    return f"{url} serves {', '.join(models)}"

@@ -1,0 +1,278 @@
+"""What is appended is read back once and whole; a kill at any moment changes nothing; damage is named, never zeros."""
+
+from __future__ import annotations
+
+import random
+import re
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+from fac_jax.activations import arrays
+from fac_jax.activations.manifest import Cursor, check_holds
+from fac_jax.activations.store import (
+    SPLITS,
+    Rows,
+    Split,
+    StoreReader,
+    StoreWriter,
+    complete_store,
+    create_store,
+    finished_counts,
+    read_manifest,
+)
+from fac_jax.errors import UserError
+from tests.activations.tiny_store import WIDTH, batch_rows, contents, fill, manifest
+
+SHARD = "arrays/p0000/000001/train/resid/c/0/0"
+
+
+def everything(path: Path, split: Split) -> Rows:
+    reader = StoreReader(path, split)
+    return reader.read_blocks(range(len(reader.block_rows)))
+
+
+def test_every_row_is_read_back_once_with_its_origin(store: Path) -> None:
+    appended = [batch_rows(index, 250) for index in range(8)]
+    for split in SPLITS:
+        rows = everything(store, split)
+        chosen = [held_out == (split == "validation") for _, held_out in appended]
+        order = np.argsort(rows.token)
+        for name in ("resid", "doc", "position", "token"):
+            wanted = np.concatenate([getattr(r, name)[c] for (r, _), c in zip(appended, chosen, strict=True)])
+            found = getattr(rows, name)
+            assert found.dtype == wanted.dtype
+            np.testing.assert_array_equal(found[order], wanted)
+        assert not (rows.token[:100] == np.sort(rows.token[:100])).all()  # shuffled within the shard
+
+
+def test_blocks_come_in_the_order_asked_for(store: Path) -> None:
+    reader = StoreReader(store)
+    each = [reader.read_blocks([block]) for block in range(len(reader.block_rows))]
+    together = reader.read_blocks([5, 0, 3])
+    np.testing.assert_array_equal(together.token, np.concatenate([each[b].token for b in (5, 0, 3)]))
+    assert [len(rows) for rows in each] == reader.block_rows.tolist()
+    assert max(reader.block_rows) == arrays.BLOCK_ROWS and reader.rows == sum(reader.block_rows)
+
+
+def test_totals_are_those_of_the_rows(store: Path) -> None:
+    for split in SPLITS:
+        reader, rows = StoreReader(store, split), everything(store, split)
+        resid = rows.resid.astype(np.float64)
+        norms = np.linalg.norm(resid, axis=1)
+        np.testing.assert_allclose(reader.mean, resid.mean(0), rtol=1e-6)
+        np.testing.assert_allclose(reader.mean_square, (norms**2).mean(), rtol=1e-6)
+        assert reader.rows == len(rows) and reader.d_model == WIDTH
+        assert abs((norms < reader.median_norm).mean() - 0.5) < 0.06  # from a sample
+    totals = read_manifest(store).totals
+    assert totals is not None and totals.counts == {"batches": 8}
+
+
+def test_a_restarted_writer_takes_up_where_the_last_commit_ended(tmp_path: Path, store: Path) -> None:
+    described = manifest()
+    create_store(tmp_path / "again", described)
+    for stop in (3, 5, 8):  # each time a new writer, which loses what was not committed
+        with StoreWriter(tmp_path / "again", described, "p0000") as writer:
+            for index in range(writer.cursor.first // 10, stop):
+                writer.append(index * 10, {"batches": index}, *batch_rows(index, 250))
+            if stop == 8:
+                writer.finish({"batches": 8})
+    assert writer.cursor == Cursor(40, 24, {"batches": 4})  # 1,024 rows in two shards: row 24 of the fifth batch
+    complete_store(tmp_path / "again", ["p0000"])
+    assert contents(tmp_path / "again") == contents(store)
+
+
+WRITE = """
+import sys, time
+sys.path.insert(0, sys.argv[2])
+from pathlib import Path
+from tests.activations.tiny_store import fill, manifest
+import fac_jax.activations.store as store
+append = store.StoreWriter.append
+def told(self, *arguments):
+    append(self, *arguments)
+    print("appended", flush=True)
+    time.sleep(0.002)
+store.StoreWriter.append = told
+fill(Path(sys.argv[1]), manifest(), batches=60, rows=250)
+"""
+
+
+def test_kill_at_any_moment_and_the_same_command_gives_the_same_bytes(tmp_path: Path) -> None:
+    fill(tmp_path / "undisturbed", manifest(), batches=60, rows=250)
+    chance = random.Random(0)
+    command = [sys.executable, "-c", WRITE, str(tmp_path / "killed"), str(Path(__file__).parent)]
+    kills = 0
+    while kills < 6:
+        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as child:
+            assert child.stdout is not None
+            for _ in range(chance.randrange(4, 12)):
+                child.stdout.readline()
+            time.sleep(chance.random() * 0.02)
+            child.kill()
+            kills += child.wait() == -9
+        if (tmp_path / "killed/finished").exists():  # it was too fast for the last kill
+            break
+    assert kills >= 4
+    with pytest.raises(UserError, match="not complete: run `fac harvest` again"):
+        StoreReader(tmp_path / "killed")
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    assert contents(tmp_path / "killed") == contents(tmp_path / "undisturbed")
+
+
+def test_writers_share_one_store(tmp_path: Path) -> None:
+    described = manifest(writers=2)
+    create_store(tmp_path, described)
+    writers = [StoreWriter(tmp_path, described, name) for name in ("p0000", "p0001")]
+    for index, writer in enumerate(writers):
+        writer.append(0, {}, *batch_rows(index, 700))
+    writers[0].finish({"documents": 3})
+    with pytest.raises(UserError, match="writer p0001 has not finished; run `fac harvest` again"):
+        complete_store(tmp_path, ["p0000", "p0001"])
+    writers[1].finish({"documents": 4})
+    totals = complete_store(tmp_path, ["p0000", "p0001"])
+    assert totals.counts == {"documents": 7} and sum(split.rows for split in totals.splits.values()) == 1400
+    tokens = np.concatenate([everything(tmp_path, split).token for split in SPLITS])
+    assert sorted(tokens) == list(range(1400))
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (lambda data: data[: len(data) // 2], "Digest mismatch|DATA_LOSS|not valid"),
+        (lambda data: data[:1000] + bytes([data[1000] ^ 1]) + data[1001:], "DATA_LOSS.*Digest mismatch"),
+        (lambda data: bytearray(), "not valid for value of size 0"),
+    ],
+    ids=["truncated", "bit flipped", "emptied"],
+)
+def test_a_damaged_shard_is_named_and_never_read_as_zeros(
+    damage: Callable[..., Path], change: Callable[[bytearray], bytearray], reason: str
+) -> None:
+    store = damage(SHARD, change)
+    with pytest.raises(UserError, match=rf"shard arrays/p0000/000001/train of the store at .*({reason})") as raised:
+        everything(store, "train")
+    assert "delete records/p0000/000001.json and stage.json there, then run `fac harvest` again" in str(raised.value)
+
+
+def test_a_missing_shard_is_named(store: Path) -> None:
+    shutil.rmtree(store / "arrays/p0000/000001/train")
+    with pytest.raises(UserError, match=r"shard arrays/p0000/000001/train of the store at .*is missing.*fac harvest"):
+        everything(store, "train")
+
+
+@pytest.mark.parametrize("how", ["flipped, its record deleted as told", "truncated", "missing"])
+def test_the_remedy_makes_the_shard_anew(store: Path, how: str) -> None:
+    whole = contents(store)
+    if how == "missing":
+        shutil.rmtree(store / "arrays/p0000/000001")
+    elif how == "truncated":
+        (store / SHARD).write_bytes((store / SHARD).read_bytes()[:-5])
+    else:
+        (store / SHARD).write_bytes(b"x" + (store / SHARD).read_bytes()[1:])
+        (store / "records/p0000/000001.json").unlink()
+    assert finished_counts(store, "p0000") is None
+    fill(store, manifest(), batches=8, rows=250)
+    assert contents(store) == whole
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (lambda data: data[:-10], "JSONDecodeError"),
+        (lambda data: bytearray(data.replace(b'"rows":3', b'"rows":4')), "its SHA-256 does not match its content"),
+        (lambda data: bytearray(b"[]"), "cannot be read"),
+    ],
+)
+def test_an_unreadable_record_is_named(
+    damage: Callable[..., Path], change: Callable[[bytearray], bytearray], reason: str
+) -> None:
+    store = damage("records/p0000/000001.json", change)
+    with pytest.raises(
+        UserError, match=rf"records/p0000/000001.json .*{reason}.*delete it and run `fac harvest` again"
+    ):
+        StoreWriter(store, manifest(), "p0000")
+
+
+def test_an_unreadable_manifest_is_named(damage: Callable[..., Path]) -> None:
+    store = damage("manifest.json", lambda data: data[:100])
+    with pytest.raises(UserError, match=r"manifest.json cannot be read"):
+        StoreReader(store)
+
+
+def test_a_store_of_a_newer_version_is_left_alone(tmp_path: Path) -> None:
+    create_store(tmp_path, replace(manifest(), version=7))
+    with pytest.raises(UserError, match=r"manifest.json is of store version 7, this program reads up to 1: upgrade"):
+        read_manifest(tmp_path)
+
+
+def test_a_store_of_another_layer_or_model(store: Path) -> None:
+    held = read_manifest(store)
+    check_holds(held, store, layer=14, model="tiny")
+    wanted = f"store at {store} holds layer 14, config asks 16: run `fac harvest` again or set train.store"
+    with pytest.raises(UserError, match=re.escape(wanted)):
+        check_holds(held, store, layer=16, model="tiny")
+    with pytest.raises(UserError, match="holds layer 14, model tiny, config asks layer 16, model other: "):
+        check_holds(held, store, layer=16, model="other")
+    with pytest.raises(UserError, match="holds layer 14, config asks 15: harvest into another run.dir"):
+        create_store(store, manifest(layer=15))
+
+
+def test_no_store_and_no_rows(tmp_path: Path) -> None:
+    with pytest.raises(
+        UserError, match=r"no activation store at .*nowhere: run `fac harvest` first or set train.store"
+    ):
+        StoreReader(tmp_path / "nowhere")
+    fill(tmp_path / "empty", manifest(), batches=1, rows=100)  # two documents, neither held out
+    with pytest.raises(UserError, match="has no validation rows: harvest more documents"):
+        StoreReader(tmp_path / "empty", "validation")
+
+
+# What tensorstore says on a full tmpfs, word for word.
+FULL = (
+    'RESOURCE_EXHAUSTED: Error writing local file "/full/c/0/0": Failed writing: "/full/c/0/0.__lock": '
+    "Failed to write 1055236 bytes to file 4: No space left on device [os_error_code='28']"
+)
+
+
+def test_a_full_disk_keeps_what_is_committed(tmp_path: Path, store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    described, path = manifest(), tmp_path / "full"
+    create_store(path, described)
+    real_open = arrays.ts.open
+
+    def full_from_the_third_shard_on(spec: Any, **options: Any) -> Any:
+        if options.get("create") and "000002" in options["kvstore"].path:
+            raise ValueError(FULL)
+        return real_open(spec, **options)
+
+    monkeypatch.setattr(arrays.ts, "open", full_from_the_third_shard_on)
+    with pytest.raises(UserError, match="no space left for .*000002.*free some, then run the same command again"):
+        fill(path, described, batches=8, rows=250)
+    monkeypatch.undo()
+    assert StoreWriter(path, described, "p0000").shards == 2
+    fill(path, described, batches=8, rows=250)
+    assert contents(path) == contents(store)
+
+
+def test_a_residual_that_is_not_finite_is_not_stored(tmp_path: Path) -> None:
+    create_store(tmp_path, manifest())
+    writer = StoreWriter(tmp_path, manifest(), "p0000")
+    rows, held_out = batch_rows(0, 200)
+    rows.resid[70, 3] = ml_dtypes.bfloat16(np.inf)
+    writer.append(0, {}, rows, held_out)
+    with pytest.raises(UserError, match=r"document 8000000000000001 at token 20 is not finite, .*layer 14 of tiny"):
+        writer.finish({})
+
+
+def test_a_store_by_url(tmp_path: Path) -> None:
+    url = (tmp_path / "by url").as_uri()
+    create_store(url, manifest())
+    assert read_manifest(url) == manifest() == read_manifest(tmp_path / "by url")
