@@ -1,0 +1,283 @@
+"""Files of the autoencoder: checkpoints of a training in progress, and the finished SAE.
+
+    checkpoints/STEP/state, meta   orbax; meta holds shape, type and digest of every leaf, because orbax itself loads a
+                                   flipped bit silently and reports a wrong shape as something else
+    sae.safetensors                W_dec [features, d_model] (row f encodes and decodes feature f), b_enc [features],
+                                   b_dec [d_model], all float32, for raw residuals: scaled by nothing
+    config.json                    `SaeCard`: k, where the residuals came from, how long it was trained, how good it is
+
+The only module that uses orbax.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh
+from jaxtyping import Array, UInt32
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from fac_jax.errors import UserError
+from fac_jax.mesh import FEATURE, sharding
+from fac_jax.plain import from_plain, to_plain
+from fac_jax.runs import write_text, writing
+from fac_jax.sae.model import TopKSAE
+
+State = TypeVar("State")
+FORMAT = 1
+TENSORS = {"W_dec": "w_fd", "b_enc": "b_enc_f", "b_dec": "b_dec_d"}  # name in the file -> attribute of TopKSAE
+
+
+@dataclass(frozen=True)
+class SaeCard:
+    """What config.json says of an SAE."""
+
+    format: int
+    features: int
+    k: int
+    d_model: int
+    layer: int
+    """Blocks applied before the residual was read."""
+    model: str
+    """Backbone as it was named in the config."""
+    model_digest: str
+    """Digest of the backbone's weights and config."""
+    rows: int
+    """Rows (tokens) it was trained on, repetitions included."""
+    steps: int
+    metrics: dict[str, float]
+    """On held-out rows."""
+    tensors: dict[str, str]
+    """SHA-256 of each tensor's bytes."""
+
+    @property
+    def digest(self) -> str:
+        """Identifies the weights and k (16 hex digits)."""
+        return hashlib.sha256(json.dumps([self.k, sorted(self.tensors.items())]).encode()).hexdigest()[:16]
+
+
+@dataclass(frozen=True)
+class LoadedSae:
+    """A finished SAE and what it was made for."""
+
+    sae: TopKSAE
+    features: int
+    k: int
+    d_model: int
+    digest: str
+    layer: int
+    model: str
+    model_digest: str
+
+
+def save_sae(folder: Path, sae: TopKSAE, card: Mapping[str, Any]) -> SaeCard:
+    """Write sae.safetensors and then config.json; `card` has the fields of `SaeCard` that the arrays do not give."""
+    arrays = {name: np.asarray(multihost_utils.process_allgather(getattr(sae, attribute)[...], tiled=True))
+              for name, attribute in TENSORS.items()}  # fmt: skip
+    features, d_model = arrays["W_dec"].shape
+    tensors = {name: _sha256(array) for name, array in arrays.items()}
+    full = SaeCard(format=FORMAT, features=features, d_model=d_model, tensors=tensors, **card)
+    if jax.process_index() == 0:
+        folder.mkdir(parents=True, exist_ok=True)
+        with writing(folder / "sae.safetensors") as temporary:
+            save_file(arrays, temporary)
+        write_text(folder / "config.json", json.dumps(to_plain(full), indent=2, allow_nan=False) + "\n")
+    return full
+
+
+def load_sae(
+    folder: str | Path,
+    mesh: Mesh,
+    expect_d_model: int | None = None,
+    expect_layer: int | None = None,
+    expect_model_digest: str | None = None,
+) -> LoadedSae:
+    """Load a finished SAE onto `mesh`, features sharded; each device reads its own rows.
+
+    Raises UserError when there is none, a file is damaged (the tensor is named), or it was made for another width,
+    layer or backbone than is expected.
+    """
+    folder = Path(folder)
+    card = read_card(folder)
+    if expect_d_model not in (None, card.d_model):
+        raise UserError(
+            f"SAE in {folder} reads width {card.d_model}, backbone has {expect_d_model}: "
+            f"it was trained on {card.model}; load that model or train an SAE for this one"
+        )
+    if expect_layer not in (None, card.layer):
+        raise UserError(
+            f"SAE in {folder} was trained on layer {card.layer}, config asks {expect_layer}: "
+            f"set backbone.layer to {card.layer} or run `fac train` for layer {expect_layer}"
+        )
+    if expect_model_digest not in (None, card.model_digest):
+        raise UserError(
+            f"SAE in {folder} was trained on {card.model} (digest {card.model_digest}), the backbone loaded has digest "
+            f"{expect_model_digest}: set backbone.model to the one it was trained on or run `fac train` again"
+        )
+    if card.features % mesh.shape[FEATURE]:
+        raise UserError(
+            f"SAE in {folder} has {card.features} features, which {mesh.shape[FEATURE]} shards cannot share equally: "
+            f"choose a mesh.feature that divides {card.features}"
+        )
+    arrays = _read_tensors(folder / "sae.safetensors", card, mesh)
+    return LoadedSae(
+        TopKSAE(**arrays), card.features, card.k, card.d_model, card.digest, card.layer, card.model, card.model_digest
+    )
+
+
+def read_card(folder: str | Path) -> SaeCard:
+    """Read config.json. Raises UserError when it is missing, unreadable or of a newer format."""
+    path = Path(folder) / "config.json"
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"no SAE in {folder} ({path.name} is missing): run `fac train` first or set scan.sae") from None
+    except ValueError as error:
+        raise UserError(f"{path} is not valid JSON ({error}): run `fac train` again") from None
+    found = raw.get("format") if isinstance(raw, dict) else None
+    if found != FORMAT:
+        raise UserError(f"{path} has format {found!r}, this version reads {FORMAT}: update fac-jax, or train again")
+    return from_plain(SaeCard, raw, str(path))
+
+
+def open_checkpoints(folder: Path, keep: int = 2) -> ocp.CheckpointManager:
+    """The newest `keep` checkpoints below `folder`; saves run in the background, leftovers of a kill are removed."""
+    options = ocp.CheckpointManagerOptions(
+        max_to_keep=keep, cleanup_tmp_directories=True, enable_async_checkpointing=True
+    )
+    return ocp.CheckpointManager(folder.absolute(), options=options)
+
+
+def save_state(manager: ocp.CheckpointManager, step: int, state: Any) -> None:
+    """Save every leaf of `state`, any tree of arrays, with its digest."""
+    leaves = _named(state)
+    meta = {
+        name: [*_form(leaf), _hex(value)]
+        for (name, leaf), value in zip(leaves.items(), leaf_digests(leaves), strict=True)
+    }
+    manager.save(step, args=ocp.args.Composite(state=ocp.args.StandardSave(leaves), meta=ocp.args.JsonSave(meta)))
+
+
+def restore_state(manager: ocp.CheckpointManager, like: State) -> tuple[int, State] | None:
+    """The newest checkpoint as (step, state), or None when there is none.
+
+    `like` has the structure of the state, with arrays or ShapeDtypeStructs that carry shape, type and sharding; the
+    mesh may be another one than at saving. Raises UserError naming the leaf that has another shape or was damaged.
+    """
+    step = manager.latest_step()
+    if step is None:
+        return None
+    path = Path(manager.directory) / str(step)
+    remedy = f"delete {path} to go on from the checkpoint before it"
+    named = _named(like)
+    wanted = {
+        name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding) for name, leaf in named.items()
+    }
+    try:
+        meta = manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
+    except Exception as error:
+        raise UserError(f"checkpoint {path} cannot be read ({_first_line(error)}): {remedy}") from error
+    for name in sorted(meta.keys() | wanted.keys()):
+        there, asked = meta[name][:2] if name in meta else None, _form(wanted[name]) if name in wanted else None
+        if there != asked:
+            raise UserError(
+                f"checkpoint {path} holds {name} as {_say(there)}, this training needs {_say(asked)}: "
+                "set the sae and train settings it was made with, or train into another run.dir"
+            )
+    try:
+        leaves = manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(wanted)))["state"]
+    except Exception as error:
+        raise UserError(f"checkpoint {path} cannot be read ({_first_line(error)}): {remedy}") from error
+    for name, value in zip(wanted, leaf_digests({name: leaves[name] for name in wanted}), strict=True):
+        if _hex(value) != meta[name][2]:
+            raise UserError(
+                f"checkpoint {path} is damaged: {name} has digest {_hex(value)}, was saved as {meta[name][2]}: {remedy}"
+            )
+    return step, jax.tree.unflatten(jax.tree.structure(like), [leaves[name] for name in named])
+
+
+@jax.jit
+def leaf_digests(leaves: Mapping[str, Array]) -> list[UInt32[Array, " 2"]]:
+    """64 bits of each leaf, computed where it lies: the same on every mesh, and changed by any single changed element.
+
+    Two sums, modulo 2^32, of a scrambled (bits, position). Scrambling is a bijection of the bits at a position, so a
+    change of one element always changes both sums; several changes cancel with a chance of 2^-64.
+    """
+    return [_digest(leaf) for leaf in leaves.values()]
+
+
+def _digest(leaf: Array) -> Array:
+    width = leaf.dtype.itemsize * 8
+    bits = jax.lax.bitcast_convert_type(leaf, jnp.dtype(f"uint{width}")).astype(jnp.uint32)
+    position = jnp.zeros(leaf.shape, jnp.uint32)
+    for axis, size in enumerate(leaf.shape):
+        position = position * np.uint32(size) + jax.lax.broadcasted_iota(jnp.uint32, leaf.shape, axis)
+    salted = [_scramble(bits ^ _scramble(position + np.uint32(salt))) for salt in (0x9E3779B9, 0x85EBCA6B)]
+    return jnp.stack([jnp.sum(value, dtype=jnp.uint32) for value in salted])
+
+
+def _scramble(x: Array) -> Array:
+    """The finaliser of MurmurHash3: a bijection on 32 bits."""
+    x = (x ^ (x >> 16)) * np.uint32(0x85EBCA6B)
+    x = (x ^ (x >> 13)) * np.uint32(0xC2B2AE35)
+    return x ^ (x >> 16)
+
+
+def _hex(value: Array) -> str:
+    high, low = np.asarray(value)
+    return f"{high:08x}{low:08x}"
+
+
+def _named(state: Any) -> dict[str, Any]:
+    return {
+        jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in jax.tree.leaves_with_path(state)
+    }
+
+
+def _form(leaf: Any) -> list[Any]:
+    return [list(leaf.shape), str(leaf.dtype)]
+
+
+def _say(form: list[Any] | None) -> str:
+    return "nothing" if form is None else f"{form[1]} of shape {tuple(form[0])}"
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:300]
+
+
+def _sha256(array: np.ndarray) -> str:
+    return hashlib.sha256(np.ascontiguousarray(array).tobytes()).hexdigest()
+
+
+def _read_tensors(path: Path, card: SaeCard, mesh: Mesh) -> dict[str, Array]:
+    shapes = {"W_dec": (card.features, card.d_model), "b_enc": (card.features,), "b_dec": (card.d_model,)}
+    remedy = "copy the SAE again, or delete its folder and run `fac train`"
+    try:
+        with safe_open(path, framework="numpy") as file:
+            there = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}
+            if there != shapes:
+                raise UserError(f"{path} holds {there}, its config.json says {shapes}: {remedy}")
+            host = {name: file.get_tensor(name) for name in TENSORS}
+    except FileNotFoundError:
+        raise UserError(f"{path} is missing: {remedy}") from None
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path} cannot be read ({_first_line(error)}): {remedy}") from None
+    for name, array in host.items():
+        if (found := _sha256(array)) != card.tensors[name]:
+            raise UserError(f"{path} is damaged: {name} has SHA-256 {found}, not {card.tensors[name]}: {remedy}")
+    return {
+        attribute: jax.device_put(host[name], sharding(mesh, *TopKSAE.SPECS[attribute]))
+        for name, attribute in TENSORS.items()
+    }

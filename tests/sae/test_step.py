@@ -1,0 +1,290 @@
+"""The training step: the published trajectory, K's schedule, one compile, two meshes, dead features, filtered rows."""
+
+import dataclasses
+import math
+import re
+from collections.abc import Callable
+from functools import cache, partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import Mesh
+
+from fac_jax.config import SaeConfig, TrainConfig
+from fac_jax.errors import UserError
+from fac_jax.mesh import DATA, FEATURE, sharding
+from fac_jax.sae.model import TopKSAE, encode
+from fac_jax.sae.step import (
+    Batch,
+    Metrics,
+    Params,
+    Problem,
+    TrainState,
+    init_state,
+    k_at,
+    k_widths,
+    loss_and_metrics,
+    make_train_step,
+    pose,
+    state_shardings,
+    unscaled,
+)
+
+GOLDEN = Path(__file__).parents[1] / "data" / "official_topk_sae.npz"
+SMALL = SaeConfig(features=64, k=4)
+QUICK = TrainConfig(steps=20, batch_rows=32, k_start=8, anneal_steps=10, dead_after_rows=100, aux_k=8)
+
+
+@pytest.fixture(scope="module")
+def golden() -> dict[str, np.ndarray]:
+    with np.load(GOLDEN) as arrays:
+        return dict(arrays)
+
+
+def official(k: int = 20, k_start: int = 200, anneal_steps: int = 8) -> Problem:
+    train = TrainConfig(compat="official", k_start=k_start, anneal_steps=anneal_steps)
+    return pose(SaeConfig(features=256, k=k), train, 32, 1.0)
+
+
+def official_params(golden: dict[str, np.ndarray]) -> Params:
+    return {
+        "w_fd": jnp.asarray(golden["W_enc"].T),
+        "b_enc_f": jnp.asarray(golden["b_enc"]),
+        "b_dec_d": jnp.asarray(golden["b_dec"]),
+    }
+
+
+def sequence(x_bd: np.ndarray) -> Batch:
+    """Rows of one document: with compat official each weighs 1 / its length."""
+    return Batch(jnp.asarray(x_bd), jnp.full(len(x_bd), 1 / len(x_bd)))
+
+
+def rows(seed: int, b: int = 32, d: int = 16) -> Batch:
+    """Rows around a mean, made of a few directions."""
+    rng = np.random.default_rng(seed)
+    basis = np.random.default_rng(99).standard_normal((24, d))
+    x_bd = (rng.random((b, 24)) < 0.2) * rng.exponential(size=(b, 24)) @ basis * 3 + 1
+    return Batch(jnp.asarray(x_bd, jnp.float32), jnp.ones(b))
+
+
+@cache
+def loss_and_gradient(problem: Problem, mesh: Mesh, k_max: int) -> Callable[..., Any]:
+    """(params, batch, k, dead_f) -> ((loss, (metrics, active_f)), gradient)."""
+    loss = partial(loss_and_metrics, k_max=k_max, problem=problem, mesh=mesh)
+    return jax.jit(jax.value_and_grad(loss, has_aux=True))
+
+
+@cache
+def run(problem: Problem, mesh: Mesh, steps: int) -> tuple[TrainState, list[Metrics]]:
+    state, step = init_state(problem, np.full(16, 1.0), 7, mesh), make_train_step(problem, mesh)
+    metrics = []
+    for i in range(steps):
+        state, found = step(state, jax.device_put(rows(i), sharding(mesh, DATA)))
+        metrics.append(jax.device_get(found))
+    return state, metrics
+
+
+def test_loss_and_gradients_are_the_official_ones(golden: dict[str, np.ndarray], mesh: Mesh) -> None:
+    (value, (metrics, _)), gradient = loss_and_gradient(official(), mesh, 20)(
+        official_params(golden), sequence(golden["x"]), 20, jnp.zeros(256, bool)
+    )
+    np.testing.assert_allclose([value, metrics.loss], golden["loss"], rtol=1e-5)
+    np.testing.assert_allclose(metrics.l0, golden["l0"], rtol=1e-6)
+    for name, want in (
+        ("w_fd", golden["grad_W_enc"].T),
+        ("b_enc_f", golden["grad_b_enc"]),
+        ("b_dec_d", golden["grad_b_dec"]),
+    ):
+        np.testing.assert_allclose(gradient[name], want, rtol=1e-5, atol=1e-5)
+
+
+def test_gradients_are_summed_over_sequences(golden: dict[str, np.ndarray], mesh_1x1: Mesh) -> None:
+    both_ways = loss_and_gradient(official(), mesh_1x1, 20)
+
+    def gradient(batch: Batch) -> jax.Array:
+        return both_ways(official_params(golden), batch, 20, jnp.zeros(256, bool))[1]["w_fd"]
+
+    first, second = sequence(golden["x"][:32]), sequence(golden["x"][32:])
+    both = Batch(*(jnp.concatenate(pair) for pair in zip(first, second, strict=True)))
+    np.testing.assert_allclose(gradient(both), gradient(first) + gradient(second), rtol=1e-5, atol=1e-5)
+
+
+def test_adam_trajectory_is_the_official_one(golden: dict[str, np.ndarray], mesh: Mesh) -> None:
+    problem = official()
+    state = init_state(problem, np.zeros(32), 0, mesh)
+    state = dataclasses.replace(
+        state, params=jax.device_put(official_params(golden), state_shardings(state, mesh).params)
+    )
+    step = make_train_step(problem, mesh)
+    for x_bd, k, loss in zip(golden["traj_x"], golden["traj_k"], golden["traj_loss"], strict=True):
+        state, metrics = step(state, jax.device_put(sequence(x_bd), sharding(mesh, DATA)))
+        assert metrics.k == k
+        np.testing.assert_allclose(metrics.loss, loss, rtol=1e-4)
+    for name, want in (("w_fd", "W_enc"), ("b_enc_f", "b_enc"), ("b_dec_d", "b_dec")):
+        np.testing.assert_allclose(state.params[name], golden[f"traj_final_{want}"].T, rtol=1e-4, atol=1e-4)
+
+
+def test_k_schedule_is_the_official_one() -> None:
+    problem = official(anneal_steps=625)
+    want = [int(max(20, 200 - 180 * (t + 1) / 625)) for t in range(700)]
+    got = jax.vmap(lambda t: k_at(t, problem))(jnp.arange(700))
+    assert want[0] == 199 and want[624] == 20
+    np.testing.assert_array_equal(got, want)
+    assert k_at(3, official(k_start=20)) == 20 and k_at(0, official(anneal_steps=0)) == 20
+    assert k_widths(problem) == [20, 40, 80, 160, 200]
+
+
+def test_a_whole_anneal_compiles_once(mesh_1x1: Mesh) -> None:
+    problem = pose(SMALL, QUICK, 16, 37.0)
+    state, step = init_state(problem, np.zeros(16), 0, mesh_1x1), make_train_step(problem, mesh_1x1)
+    seen = []
+    for i in range(12):
+        state, metrics = step(state, jax.device_put(rows(i), sharding(mesh_1x1, DATA)))
+        seen.append(int(metrics.k))
+    assert seen == [7, 7, 6, 6, 6, 5, 5, 4, 4, 4, 4, 4]
+    assert step._cache_size() == 1  # type: ignore[attr-defined]
+
+
+def test_meshes_agree_over_twenty_steps(mesh_1x1: Mesh, mesh_2x4: Mesh) -> None:
+    problem = pose(SMALL, QUICK, 16, 37.0)
+    (state, alone), (state_2x4, shared) = run(problem, mesh_1x1, 20), run(problem, mesh_2x4, 20)
+    assert max(m.dead_features for m in alone) > 0, "the auxiliary loss was never used"
+    for one, other in zip(alone, shared, strict=True):
+        np.testing.assert_allclose(np.asarray(other), np.asarray(one), rtol=2e-5, atol=2e-5)
+    np.testing.assert_allclose(state_2x4.params["w_fd"], state.params["w_fd"], rtol=1e-4, atol=1e-4)
+    assert alone[-1].loss < 0.6 * alone[9].loss + 0.4 * alone[0].loss
+
+
+def test_every_leaf_is_sharded(mesh_2x4: Mesh) -> None:
+    state, _ = run(pose(SMALL, QUICK, 16, 37.0), mesh_2x4, 20)
+    adam = state.optimizer[0]
+    for w_fd in (state.params["w_fd"], adam.mu["w_fd"], adam.nu["w_fd"]):
+        assert w_fd.sharding.spec[0] == FEATURE and w_fd.addressable_shards[0].data.shape == (16, 16)
+    assert state.silent_f.addressable_shards[0].data.shape == (16,)
+
+
+def test_only_kept_values_cross_feature_shards(mesh_2x4: Mesh) -> None:
+    """No collective moves W or whole rows of pre-activations: the largest gather holds 4 shards x k values a row."""
+    problem = pose(SMALL, QUICK, 16, 37.0)
+    batch = jax.device_put(rows(0), sharding(mesh_2x4, DATA))
+    step, state = make_train_step(problem, mesh_2x4), init_state(problem, np.zeros(16), 0, mesh_2x4)
+    text = step.lower(state, batch).compile().as_text()  # type: ignore[attr-defined]
+    gathered = [
+        math.prod(map(int, shape.split(",")))
+        for shape in re.findall(r"\[([\d,]+)\][^=]* all-gather(?:-start)?\(", text)
+    ]
+    assert gathered and max(gathered) <= 16 * 4 * QUICK.k_start < 64 * 16
+    assert "all-to-all" not in text
+
+
+def test_dead_is_counted_in_rows(mesh_1x1: Mesh) -> None:
+    """A feature that cannot fire is dead after dead_after_rows rows, and not one step earlier."""
+    problem = pose(SMALL, dataclasses.replace(QUICK, aux_coefficient=0.0), 16, 37.0)
+    state, step = init_state(problem, np.zeros(16), 0, mesh_1x1), make_train_step(problem, mesh_1x1)
+    params = state.params | {"b_enc_f": state.params["b_enc_f"].at[3].set(-1e6)}
+    state, dead = dataclasses.replace(state, params=params), []
+    for i in range(6):
+        state, metrics = step(state, jax.device_put(rows(i), sharding(mesh_1x1, DATA)))
+        dead.append(int(metrics.dead_features))
+    assert state.silent_f[3] == 6 * 32
+    assert dead[:4] == [0, 0, 0, 0] and dead[4] >= 1  # 4 x 32 rows >= 100
+
+
+def test_auxiliary_loss_is_the_published_one(mesh: Mesh) -> None:
+    """Value and gradient against a dense numpy-like reference: detached residual, no b_dec, its variance below."""
+    problem = pose(SMALL, dataclasses.replace(QUICK, norm_filter=0.0), 16, math.sqrt(16))
+    batch = rows(0)
+    params = init_state(problem, np.full(16, 1.0), 7, mesh).params
+    dead_f = jnp.arange(64) % 4 == 0
+
+    def reference(params: Params) -> jax.Array:
+        sae = TopKSAE(**params)
+        acts_bf = encode(sae, batch.x_bd, 4)
+        x_hat_bd = acts_bf @ sae.w_fd[...] + sae.b_dec_d[...]
+        main = jnp.mean(jnp.mean((batch.x_bd - x_hat_bd) ** 2, axis=1) / jnp.mean(batch.x_bd**2, axis=1))
+        pre_bf = (batch.x_bd - sae.b_dec_d[...]) @ sae.w_fd[...].T + sae.b_enc_f[...]
+        best_bk = jax.lax.top_k(jnp.where(dead_f, pre_bf, -jnp.inf), 8)[1]
+        some_bf = jnp.zeros(pre_bf.shape, bool).at[jnp.arange(32)[:, None], best_bk].set(True)
+        e_hat_bd = jnp.where(some_bf, jax.nn.relu(pre_bf), 0) @ sae.w_fd[...]
+        e_bd = jax.lax.stop_gradient(batch.x_bd - x_hat_bd)
+        return main + jnp.mean((e_bd - e_hat_bd) ** 2) / jnp.mean((e_bd - e_bd.mean(axis=0)) ** 2) / 32
+
+    assert problem.scale == 1.0
+    want, got = (
+        jax.jit(jax.value_and_grad(reference))(params),
+        loss_and_gradient(problem, mesh, 16)(params, batch, 4, dead_f),
+    )
+    np.testing.assert_allclose(got[0][0], want[0], rtol=1e-5)
+    for name in params:
+        np.testing.assert_allclose(got[1][name], want[1][name], rtol=1e-4, atol=1e-5)
+
+
+def test_no_dead_feature_no_auxiliary_loss_and_no_nan(mesh_1x1: Mesh) -> None:
+    problem = pose(SMALL, QUICK, 16, 37.0)
+    params = init_state(problem, np.zeros(16), 7, mesh_1x1).params
+    still = Batch(jnp.zeros((32, 16)), jnp.ones(32))  # rows without norm, hence a residual without variance
+    for dead_f in (jnp.zeros(64, bool), jnp.ones(64, bool)):
+        (loss, (metrics, _)), gradient = loss_and_gradient(problem, mesh_1x1, 16)(params, still, 4, dead_f)
+        assert loss == 0 and metrics.aux_loss == 0 and metrics.rows_left_out == 32
+        assert all(bool(jnp.isfinite(leaf).all()) for leaf in jax.tree.leaves(gradient))
+
+
+def test_filtered_rows_change_nothing_but_their_count(mesh_1x1: Mesh) -> None:
+    problem = pose(SMALL, QUICK, 16, 37.0)
+    params = init_state(problem, np.zeros(16), 7, mesh_1x1).params
+    batch = rows(0)
+    sinks = Batch(batch.x_bd.at[:8].multiply(1e6), batch.weight_b)
+    outcomes = [
+        loss_and_gradient(problem, mesh_1x1, 16)(params, given, 4, jnp.zeros(64, bool))
+        for given in (sinks, Batch(batch.x_bd[8:], batch.weight_b[8:]))
+    ]
+    assert [outcome[0][1][0].rows_left_out for outcome in outcomes] == [8, 0]
+    np.testing.assert_array_equal(outcomes[0][0][1][1], outcomes[1][0][1][1])
+    np.testing.assert_allclose(outcomes[0][0][0], outcomes[1][0][0], rtol=1e-6)
+    np.testing.assert_allclose(outcomes[0][1]["w_fd"], outcomes[1][1]["w_fd"], rtol=1e-5, atol=1e-6)
+
+
+def test_scale_is_folded_away(mesh_1x1: Mesh) -> None:
+    """The finished SAE on raw rows does what the trained one does on scaled rows, in the units of the raw ones."""
+    problem = pose(SMALL, QUICK, 16, 40.0)
+    state = init_state(problem, np.full(16, 1.0), 7, mesh_1x1)
+    params = state.params | {"b_enc_f": jnp.linspace(-1, 1, 64)}
+    raw_bd = rows(0).x_bd
+    want = encode(TopKSAE(**params), raw_bd * problem.scale, 4) / problem.scale
+    np.testing.assert_allclose(encode(unscaled(params, problem), raw_bd, 4), want, rtol=1e-5, atol=1e-5)
+
+
+def test_bfloat16_only_selects(mesh_1x1: Mesh) -> None:
+    """Where rounding does not change the selection, nothing changes at all; elsewhere near ties are swapped."""
+    problem = pose(SMALL, QUICK, 16, 37.0)
+    rounded = dataclasses.replace(problem, select_dtype="bfloat16")
+    params, never = init_state(problem, np.zeros(16), 7, mesh_1x1).params, jnp.zeros(64, bool)
+    few, all_features = (
+        [loss_and_gradient(p, mesh_1x1, 64)(params, rows(0), k, never)[0][0] for p in (problem, rounded)]
+        for k in (4, 64)
+    )
+    np.testing.assert_allclose(few[1], few[0], rtol=2e-3)
+    np.testing.assert_allclose(all_features[1], all_features[0], rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"k_start": 65}, "train.k_start is 65, more than sae.features 64: lower it"),
+        ({"median": 0.0}, "the median norm of the training rows is 0.0: the store holds no usable residuals"),
+    ],
+)
+def test_impossible_problems(change: dict[str, float], message: str) -> None:
+    median = change.pop("median", 1.0)
+    with pytest.raises(UserError, match=message):
+        pose(SMALL, dataclasses.replace(QUICK, **change), 16, median)  # type: ignore[arg-type]
+
+
+def test_features_that_cannot_be_shared(mesh_2x4: Mesh) -> None:
+    problem = pose(dataclasses.replace(SMALL, features=66), QUICK, 16, 1.0)
+    with pytest.raises(UserError, match="sae.features 66 cannot be shared equally by 4 shards"):
+        init_state(problem, np.zeros(16), 0, mesh_2x4)

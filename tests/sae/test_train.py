@@ -1,0 +1,232 @@
+"""The training loop: same bytes after a kill, one line of metrics per interval, and errors that name the culprit."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import jax
+import ml_dtypes
+import numpy as np
+import pytest
+from jax.sharding import Mesh
+
+from fac_jax.activations.manifest import Manifest
+from fac_jax.activations.store import Rows, StoreWriter, complete_store, create_store
+from fac_jax.config import BackboneConfig, Config, MeshConfig, SaeConfig, TrainConfig
+from fac_jax.errors import UserError
+from fac_jax.sae.checkpoint import load_sae, read_card
+from fac_jax.sae.step import Problem, TrainState, pose
+from fac_jax.sae.train import Fitted, fit, to_device, train
+
+WIDTH = 16
+SETTINGS = TrainConfig(
+    steps=14, batch_rows=32, k_start=8, anneal_steps=8, dead_after_rows=100, aux_k=8, log_every=3, checkpoint_every=4
+)
+
+
+def rows_of(step: int, b: int = 32) -> Rows:
+    rng = np.random.default_rng(step)
+    basis = np.random.default_rng(99).standard_normal((24, WIDTH))
+    x_bd = (rng.random((b, 24)) < 0.2) * rng.exponential(size=(b, 24)) @ basis * 3 + 1
+    ids = np.arange(b)
+    return Rows(
+        x_bd.astype(ml_dtypes.bfloat16),
+        (ids // 4 + 1000 * step).astype(np.uint64),
+        ids.astype(np.int32),
+        ids.astype(np.int32),
+    )
+
+
+def rows_from(step: int) -> Iterator[tuple[int, Rows]]:
+    while True:
+        yield step, rows_of(step)
+        step += 1
+
+
+def problem(**changes: object) -> Problem:
+    return pose(SaeConfig(features=64, k=4), replace(SETTINGS, **changes), WIDTH, 37.0)  # type: ignore[arg-type]
+
+
+def run(out: Path, mesh: Mesh, rows_from: object = rows_from, **changes: object) -> Fitted:
+    return fit(problem(**changes), np.ones(WIDTH), rows_from, 3, mesh, out)  # type: ignore[arg-type]
+
+
+def assert_same_bytes(one: TrainState, other: TrainState) -> None:
+    for (path, a), b in zip(jax.tree.leaves_with_path(one), jax.tree.leaves(other), strict=True):
+        assert np.asarray(a).tobytes() == np.asarray(b).tobytes(), jax.tree_util.keystr(path)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory, mesh_1x1: Mesh) -> tuple[Path, Fitted]:
+    out = tmp_path_factory.mktemp("undisturbed")
+    return out, run(out, mesh_1x1)
+
+
+def test_metrics_are_named_and_finite(undisturbed: tuple[Path, Fitted]) -> None:
+    out, fitted = undisturbed
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [0, 3, 6, 9, 12, 13]
+    assert [line["k"] for line in lines] == [7, 6, 4, 4, 4, 4]
+    assert set(lines[0]) == {
+        "step", "loss", "fvu", "l0", "k", "dead_features", "aux_loss", "learning_rate", "gradient_norm", "rows_left_out"
+    }  # fmt: skip
+    assert lines[-1]["loss"] < lines[0]["loss"] and lines[-1]["l0"] <= 4
+    assert fitted.rows_per_second > 0 and fitted.state.step == 14
+
+
+def test_stopped_and_continued_is_undisturbed(undisturbed: tuple[Path, Fitted], tmp_path: Path, mesh_1x1: Mesh) -> None:
+    class Stop(Exception):
+        pass
+
+    def interrupted(step: int) -> Iterator[tuple[int, Rows]]:
+        for number, rows in rows_from(step):
+            if number == 11:
+                raise Stop  # after the checkpoint of step 8 and lines beyond it
+            yield number, rows
+
+    with pytest.raises(Stop):
+        run(tmp_path, mesh_1x1, interrupted)
+    asked: list[int] = []
+
+    def watched(step: int) -> Iterator[tuple[int, Rows]]:
+        asked.append(step)
+        return rows_from(step)
+
+    assert_same_bytes(run(tmp_path, mesh_1x1, watched).state, undisturbed[1].state)
+    assert asked == [8]
+    assert (tmp_path / "metrics.jsonl").read_bytes() == (undisturbed[0] / "metrics.jsonl").read_bytes()
+
+
+def test_finished_training_is_not_done_again(undisturbed: tuple[Path, Fitted], mesh_1x1: Mesh) -> None:
+    def never(step: int) -> Iterator[tuple[int, Rows]]:
+        raise AssertionError("rows were read")
+
+    assert_same_bytes(run(undisturbed[0], mesh_1x1, never).state, undisturbed[1].state)
+
+
+def test_killed_process_is_undisturbed(undisturbed: tuple[Path, Fitted], tmp_path: Path, mesh_1x1: Mesh) -> None:
+    """kill -9, as soon as a checkpoint exists."""
+    program = (
+        "import sys, time; sys.path[:0] = [sys.argv[2]]\n"
+        "from pathlib import Path\n"
+        "import test_train as t\n"
+        "from fac_jax.config import MeshConfig\n"
+        "from fac_jax.mesh import make_mesh\n"
+        "slow = lambda step: ((time.sleep(0.3), pair)[1] for pair in t.rows_from(step))\n"
+        "t.run(Path(sys.argv[1]), make_mesh(MeshConfig(data=1)), slow)\n"
+    )
+    arguments = [sys.executable, "-c", program, str(tmp_path), str(Path(__file__).parent)]
+    path = os.pathsep.join([str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")])
+    process = subprocess.Popen(arguments, env=os.environ | {"PYTHONPATH": path})
+    try:
+        while not (tmp_path / "checkpoints" / "4").exists():
+            assert process.poll() is None
+            time.sleep(0.05)
+    finally:
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    assert_same_bytes(run(tmp_path, mesh_1x1).state, undisturbed[1].state)
+    assert (tmp_path / "metrics.jsonl").read_bytes() == (undisturbed[0] / "metrics.jsonl").read_bytes()
+
+
+def test_continues_on_another_mesh(
+    undisturbed: tuple[Path, Fitted], tmp_path: Path, mesh_2x4: Mesh, mesh_1x1: Mesh
+) -> None:
+    run(tmp_path, mesh_1x1, steps=8)
+    state = run(tmp_path, mesh_2x4).state
+    assert len(state.params["w_fd"].sharding.device_set) == 8
+    np.testing.assert_allclose(state.params["w_fd"], undisturbed[1].state.params["w_fd"], rtol=1e-4, atol=1e-4)
+
+
+def test_rows_that_are_not_finite_stop_the_run(tmp_path: Path, mesh_1x1: Mesh) -> None:
+    def poisoned(step: int) -> Iterator[tuple[int, Rows]]:
+        for number, rows in rows_from(step):
+            if number == 5:
+                rows.resid[9, 2] = np.nan
+            yield number, rows
+
+    message = (
+        r"loss nan and gradient norm nan at step 5, learning rate 0.001, k 5, batch 5 of 32 rows from 8 documents "
+        r"\(0000000000001388, .*1 of its rows are not finite \(documents 000000000000138a at token 9\): harvest again"
+    )
+    with pytest.raises(UserError, match=message):
+        run(tmp_path, mesh_1x1, poisoned)
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["4"]
+
+
+def test_divergence_names_the_rate(tmp_path: Path, mesh_1x1: Mesh) -> None:
+    with pytest.raises(
+        UserError, match=r"at step 1, learning rate 1e\+30.*training diverged: lower train.learning_rate"
+    ):
+        run(tmp_path, mesh_1x1, learning_rate=1e30)
+
+
+def test_batch_must_fit_the_mesh(tmp_path: Path, mesh_2x4: Mesh) -> None:
+    with pytest.raises(UserError, match="train.batch_rows 33 cannot be shared equally by mesh.data 2"):
+        run(tmp_path, mesh_2x4, batch_rows=33)
+
+
+def test_official_weights_make_sequences_equal(mesh_1x1: Mesh) -> None:
+    rows = replace(rows_of(0), doc=np.repeat(np.arange(5, 8, dtype=np.uint64), [1, 21, 10]))
+    weight_b = to_device(rows, problem(compat="official"), mesh_1x1).weight_b
+    np.testing.assert_allclose([weight_b[0], weight_b[1:22].sum(), weight_b[22:].sum()], 1, rtol=1e-6)
+    assert (to_device(rows, problem(), mesh_1x1).weight_b == 1).all()
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A real store, 1,000 rows, a quarter of them held out."""
+    path = tmp_path_factory.mktemp("store")
+    described = Manifest(
+        model="tiny", model_digest="0123", layer=3, d_model=WIDTH, compute_dtype="float32", tokenizer_digest="t",
+        corpus_digest="c", shard_rows=256, seed=0, writers=1,
+    )  # fmt: skip
+    create_store(path, described)
+    with StoreWriter(path, described, "p0000") as writer:
+        for batch in range(4):
+            rows = rows_of(batch, 250)
+            writer.append(batch, {}, rows, rows.doc % 4 == 3)
+        writer.finish({})
+    complete_store(path, ["p0000"])
+    return path
+
+
+def config(**changes: object) -> Config:
+    settings = replace(SETTINGS, **changes)  # type: ignore[arg-type]
+    backbone = BackboneConfig(model="tiny", layer=3)
+    return Config(
+        backbone=backbone, sae=SaeConfig(features=64, k=4), train=settings, mesh=MeshConfig(data=2, feature=4)
+    )
+
+
+def test_stage_from_store_to_sae(store: Path, tmp_path: Path, mesh_1x1: Mesh) -> None:
+    summary = train(config(), tmp_path, {"activations": store})
+    assert summary["rows"] == 14 * 32 and summary["steps"] == 14 and summary["k"] == 4
+    assert 0 < summary["fvu"] < 1 and 0 < summary["l0"] <= 4 and summary["validation_rows"] > 200
+    card, loaded = read_card(tmp_path), load_sae(tmp_path, mesh_1x1, expect_d_model=WIDTH, expect_layer=3)
+    assert card.metrics["fvu"] == summary["fvu"] and card.model == "tiny" and card.model_digest == "0123"
+    assert loaded.sae.w_fd.shape == (64, WIDTH) and loaded.k == 4
+    again = train(config(), tmp_path, {"activations": store})
+    assert {name: again[name] for name in ("fvu", "l0", "dead_fraction")} == {
+        name: summary[name] for name in ("fvu", "l0", "dead_fraction")
+    }
+
+
+@pytest.mark.parametrize("changed", ["layer", "model"])
+def test_store_of_something_else(changed: str, store: Path, tmp_path: Path) -> None:
+    other = BackboneConfig(model="tiny", layer=4) if changed == "layer" else BackboneConfig(model="huge", layer=3)
+    holds = "layer 3, config asks 4" if changed == "layer" else "model tiny, config asks huge"
+    with pytest.raises(UserError, match=re.escape(f"store at {store} holds {holds}: run `fac harvest` again")):
+        train(replace(config(), backbone=other), tmp_path, {"activations": store})
+
+
+def test_named_store_wins(store: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no activation store at"):
+        train(config(store=str(tmp_path / "nowhere")), tmp_path, {"activations": store})
