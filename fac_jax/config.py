@@ -176,14 +176,24 @@ class TrainConfig:
     """A feature is dead when it has not been active for this many rows."""
     norm_filter: float = 10.0
     """Rows whose norm exceeds this many medians (attention sinks) are left out of the loss; 0 keeps all."""
+    select_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Input type of the encoder matmul that selects the features; the selected activations and all gradients are
+    float32 in any case. auto is float32 on CPU and with compat official, bfloat16 on accelerators."""
     log_every: int = 20
     """Steps between lines of metrics.jsonl."""
     checkpoint_every: int = 200
     """Steps between checkpoints; a killed run goes on from the last one."""
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch_rows", "k_start", "log_every", "checkpoint_every"):
+        for name in ("steps", "batch_rows", "k_start", "aux_k", "dead_after_rows", "log_every", "checkpoint_every"):
             check(getattr(self, name) >= 1, f"train.{name} is {getattr(self, name)}; it must be at least 1")
+        for name in ("warmup_steps", "anneal_steps", "aux_coefficient", "norm_filter"):
+            check(getattr(self, name) >= 0, f"train.{name} is {getattr(self, name)}; it must be at least 0")
+        check(self.learning_rate > 0, f"train.learning_rate is {self.learning_rate}; it must be above 0")
+        check(
+            self.k_start * self.anneal_steps < 2**31,
+            f"train.k_start {self.k_start} x train.anneal_steps {self.anneal_steps} must be below 2^31; anneal faster",
+        )
 
 
 @dataclass(frozen=True)
@@ -259,6 +269,19 @@ class SynthesizeConfig:
     max_new_tokens: int = 900
     """Tokens a candidate may take (paper: 900)."""
 
+    def __post_init__(self) -> None:
+        least = {"candidates": 1, "second_step": 0, "keep_per_feature": 1, "max_new_tokens": 8}
+        for name, floor in least.items():
+            check(
+                getattr(self, name) >= floor, f"synthesize.{name} is {getattr(self, name)}; it must be at least {floor}"
+            )
+        check(
+            self.max_features is None or self.max_features >= 1,
+            f"synthesize.max_features is {self.max_features}; it must be at least 1, or absent for all",
+        )
+        check(self.temperature >= 0, f"synthesize.temperature is {self.temperature}; it must not be negative")
+        check(0 < self.top_p <= 1, f"synthesize.top_p is {self.top_p}; it must lie in (0, 1]")
+
 
 @dataclass(frozen=True)
 class FinetuneConfig:
@@ -294,6 +317,11 @@ class LlmConfig:
     """Requests in flight."""
     local_batch: int = 32
     """Prompts decoded together when the backbone itself writes."""
+
+    def __post_init__(self) -> None:
+        check(self.timeout_s > 0, f"llm.timeout_s is {self.timeout_s}; it must be above 0")
+        for name, floor in {"retries": 0, "concurrency": 1, "local_batch": 1}.items():
+            check(getattr(self, name) >= floor, f"llm.{name} is {getattr(self, name)}; it must be at least {floor}")
 
 
 @dataclass(frozen=True)

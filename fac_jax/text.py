@@ -161,6 +161,8 @@ def _turns(value: Any, where: str) -> tuple[Turn, ...]:
             raise UserError(f"{where}: a message must have a role and a content, this one is {str(message)[:80]!r}")
         if content.strip():
             turns.append(Turn(role, content.strip()))
+    if any("\ud800" <= character <= "\udfff" for turn in turns for character in turn.content):
+        raise UserError(f"{where}: the text holds half of a UTF-16 pair, which is no character")
     if not any(turn.role == USER for turn in turns):
         raise UserError(f"{where}: the text is empty, or no turn is a user's")
     return tuple(turns)

@@ -77,6 +77,7 @@ BAD_LINES = [
     ('{"text": "x", "label": "perhaps"}', "bad.jsonl:2: the label 'label' is 'perhaps'"),
     ('{"text": "x", "label": NaN}', "must be finite"),
     ('["a"]', "bad.jsonl:2: a row must be an object"),
+    (r'{"text": "half \ud800"}', "bad.jsonl:2: the text holds half of a UTF-16 pair"),
 ]
 
 

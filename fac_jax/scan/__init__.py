@@ -1,0 +1,1 @@
+"""One pass of backbone and SAE over a corpus: per-feature statistics, top spans, per-sample peaks."""

@@ -1,0 +1,156 @@
+"""One packed batch to peaks: g_i(x) = max over the content tokens t of document x of act_i(x, t), and where it is.
+
+Activations are those of the paper's formula (`topk`) or of its code (`relu`, top-k off). They never exist for a whole
+batch: the content tokens of each row are brought to its front and folded chunk by chunk into one maximum per (document,
+feature), so that neither the chat template nor padding costs an SAE encode. Runs on the device; what comes back is
+sparse. Reads and writes no file.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+from jaxtyping import Array, Float, Float32, Int, Int32, Int64
+
+from fac_jax.backbone.weights import Loaded
+from fac_jax.packing import PackedBatch
+from fac_jax.sae.checkpoint import LoadedSae
+from fac_jax.sae.model import TopKSAE, pre_activations
+from fac_jax.sae.topk import top_k
+
+Acts = Literal["topk", "relu"]
+CHUNK_ELEMENTS = 2**25  # of pre-activations [tokens, features] at a time: 128 MiB in float32
+TABLE_ELEMENTS = 2**26  # of peaks [documents, features] at a time, at most
+TOKENS_PER_SLOT = 32  # a chat template alone is often longer, so a second pass over a batch is rare
+NOWHERE = np.iinfo(np.int32).max
+
+
+@dataclass(frozen=True)
+class BatchPeaks:
+    """Every peak above 0 of one batch, sorted by document and feature."""
+
+    document: Int64[np.ndarray, " n"]
+    """Index into the batch's documents."""
+    feature: Int64[np.ndarray, " n"]
+    peak: Float32[np.ndarray, " n"]
+    position: Int32[np.ndarray, " n"]
+    """Token of the document at which the peak is reached; the first one, when several tie."""
+    tokens_f: Int64[np.ndarray, " f"]
+    """Content tokens on which each feature is active."""
+
+
+class Table(NamedTuple):
+    """What is known of s documents so far: peaks (0 when inactive), where they are, and active tokens per feature."""
+
+    peak_sf: Float[Array, "s f"]
+    position_sf: Int[Array, "s f"]
+    tokens_f: Int[Array, " f"]
+
+
+def dispatch(batch: PackedBatch, loaded: Loaded, sae: LoadedSae, acts: Acts) -> list[Table]:
+    """Start the device on a batch; `collect` waits for it. One table per `slots` documents, nearly always one."""
+    resid_btd = loaded.residual_fn(sae.layer)(batch.tokens, batch.segments, batch.positions)
+    order_bt = np.argsort(~batch.content, axis=1, kind="stable").astype(np.int32)  # content first, in its order
+    slot_bt = np.take_along_axis(np.where(batch.content, batch.slot, -1), order_bt, axis=1)
+    position_bt = np.take_along_axis(batch.positions, order_bt, axis=1)
+    rows, row_tokens = batch.tokens.shape
+    slots = max(8, min(rows * row_tokens // TOKENS_PER_SLOT, TABLE_ELEMENTS // sae.features))
+    chunk = chunk_length(rows, row_tokens, sae.features)
+    longest = int(batch.content.sum(axis=1).max(initial=0))
+    return [
+        fold(
+            sae.sae, resid_btd, order_bt, slot_bt - first, position_bt, -(-longest // chunk),
+            k=sae.k if acts == "topk" else None, slots=slots, chunk=chunk, mesh=loaded.mesh,
+        )
+        for first in range(0, len(batch.documents), slots)
+    ]  # fmt: skip
+
+
+def collect(batch: PackedBatch, tables: Sequence[Table]) -> BatchPeaks:
+    """Wait for the tables of `dispatch` and make them sparse."""
+    peak_sf, position_sf = (
+        np.concatenate([np.asarray(getattr(table, name)) for table in tables])[: len(batch.documents)]
+        for name in ("peak_sf", "position_sf")
+    )
+    document, feature = np.nonzero(peak_sf)
+    return BatchPeaks(
+        document=document,
+        feature=feature,
+        peak=peak_sf[document, feature],
+        position=position_sf[document, feature],
+        tokens_f=np.sum([np.asarray(table.tokens_f) for table in tables], axis=0, dtype=np.int64),
+    )
+
+
+def chunk_length(rows: int, row_tokens: int, features: int) -> int:
+    """Tokens of each row encoded at a time: the largest divisor of the row that stays within CHUNK_ELEMENTS."""
+    most = max(1, CHUNK_ELEMENTS // (rows * features))
+    return next(length for length in range(min(most, row_tokens), 0, -1) if row_tokens % length == 0)
+
+
+@partial(jax.jit, static_argnames=("k", "slots", "chunk", "mesh"))
+def fold(
+    sae: TopKSAE,
+    resid_btd: Float[Array, "b t d"],
+    order_bt: Int[Array, "b t"],
+    slot_bt: Int[Array, "b t"],
+    position_bt: Int[Array, "b t"],
+    chunks: Int[Array, ""],
+    *,
+    k: int | None,
+    slots: int,
+    chunk: int,
+    mesh: Mesh,
+) -> Table:
+    """Peaks per slot over the first `chunks` chunks of every row, content tokens first.
+
+    `slot_bt` outside [0, slots) counts for nothing. `k` None means ReLU. `chunks` is traced: one compile serves every
+    batch, and a batch of short texts costs less than one of long texts.
+    """
+    content_btd = jnp.take_along_axis(resid_btd, order_bt[:, :, None], axis=1)
+    slot_bt = jnp.where(slot_bt < 0, slots, slot_bt)  # a negative index would count from the end
+    features = sae.w_fd.shape[0]
+
+    def step(index: Array, table: Table) -> Table:
+        def part(x: Array) -> Array:
+            cut = jax.lax.dynamic_slice_in_dim(x, index * chunk, chunk, axis=1)
+            return cut.reshape(-1, *cut.shape[2:])
+
+        pre_bf = pre_activations(sae, part(content_btd))
+        slot_b, position_b = part(slot_bt), part(position_bt)
+        if k is None:
+            return _raise_rows(table, jax.nn.relu(pre_bf), slot_b, position_b)
+        pre_bk, idx_bk = top_k(pre_bf, k, mesh)
+        return _raise_entries(table, jax.nn.relu(pre_bk), idx_bk, slot_b, position_b)
+
+    empty = Table(
+        jnp.zeros((slots, features), jnp.float32),
+        jnp.full((slots, features), NOWHERE, jnp.int32),
+        jnp.zeros(features, jnp.int32),
+    )
+    return jax.lax.fori_loop(0, chunks, step, empty)
+
+
+def _raise_entries(table: Table, acts_bk: Array, idx_bk: Array, slot_b: Array, position_b: Array) -> Table:
+    counted_bk = (acts_bk > 0) & (slot_b < table.peak_sf.shape[0])[:, None]
+    tokens_f = table.tokens_f.at[idx_bk].add(counted_bk)
+    return _raise(table, tokens_f, acts_bk, (slot_b[:, None], idx_bk), position_b)
+
+
+def _raise_rows(table: Table, acts_bf: Array, slot_b: Array, position_b: Array) -> Table:
+    counted_bf = (acts_bf > 0) & (slot_b < table.peak_sf.shape[0])[:, None]
+    return _raise(table, table.tokens_f + counted_bf.sum(axis=0), acts_bf, (slot_b,), position_b)
+
+
+def _raise(table: Table, tokens_f: Array, acts: Array, at: tuple[Array, ...], position_b: Array) -> Table:
+    """Raise `peak_sf[at]` to `acts`; where that raised it, forget the old position; keep the first that reaches it."""
+    peak_sf = table.peak_sf.at[at].max(acts, mode="drop")
+    position_sf = jnp.where(peak_sf > table.peak_sf, NOWHERE, table.position_sf)
+    reaches = (acts > 0) & (acts == peak_sf.at[at].get(mode="fill", fill_value=-1))
+    position_sf = position_sf.at[at].min(jnp.where(reaches, position_b[:, None], NOWHERE), mode="drop")
+    return Table(peak_sf, position_sf, tokens_f)

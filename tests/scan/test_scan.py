@@ -1,0 +1,290 @@
+"""The scan stage on a toy backbone: its files against brute force, interrupted anywhere, and its errors."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from fac_jax.config import BackboneConfig, Config, DataSet, ScanConfig, Source
+from fac_jax.errors import UserError
+from fac_jax.packing import encode, pack
+from fac_jax.sae.checkpoint import LoadedSae, load_sae, save_sae
+from fac_jax.sae.model import TopKSAE
+from fac_jax.scan import scan as module
+from fac_jax.scan.scan import load_scan, peaks_of, scan
+from fac_jax.text import read_documents
+
+WORDS = ["<pad>", "<user>", "red", "green", "blue", "cat", "dog", "sun", "moon", "sea"]
+D, FEATURES, K = 6, 16, 3
+
+
+@pytest.fixture(scope="module")
+def backbone() -> Any:
+    words = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<pad>"))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", additional_special_tokens=["<user>"])
+    tokenizer.chat_template = "{% for m in messages %}<user> {{ m['content'] }} {% endfor %}"
+    table = np.random.default_rng(0).normal(size=(len(WORDS), 64, D)).astype(np.float32)
+    return SimpleNamespace(
+        tokenizer=tokenizer, table=table, digest="model-1", config=SimpleNamespace(d_model=D),
+        residual_fn=lambda layer: lambda tokens, segments, positions: jnp.asarray(table[tokens, positions]),
+    )  # fmt: skip
+
+
+def sae_of(seed: int) -> LoadedSae:
+    w = np.random.default_rng(seed).normal(size=(FEATURES, D)).astype(np.float32)
+    sae = TopKSAE(jnp.asarray(w), jnp.zeros(FEATURES), jnp.zeros(D))
+    return LoadedSae(sae, FEATURES, K, D, f"sae-{seed}", 3, "toy", "model-1")
+
+
+@pytest.fixture
+def config(tmp_path: Path, backbone: Any, monkeypatch: pytest.MonkeyPatch) -> Config:
+    def load_backbone(model: str, layers: int, dtype: str, mesh: Any) -> Any:
+        return SimpleNamespace(mesh=mesh, **vars(backbone))
+
+    monkeypatch.setattr(module, "load_backbone", load_backbone)
+    monkeypatch.setattr(module, "load_sae", lambda folder, *expected: sae_of(int(folder.name.removeprefix("sae"))))
+    monkeypatch.setattr(module, "make_mesh", lambda config: _mesh())
+    generator = np.random.default_rng(3)
+    rows = [
+        {"text": " ".join(generator.choice(WORDS[2:], generator.integers(1, 12))), "harm": int(i % 2)}
+        for i in range(60)
+    ]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = DataSet(sources=(Source(path=str(tmp_path / "rows.jsonl"), label="harm"),), max_tokens=16)
+    return Config(
+        backbone=BackboneConfig(layer=3, rows_per_batch=2, row_tokens=16),
+        data={"anchor": data, "seed": dataclasses.replace(data, sample=0.5)},
+        scan=ScanConfig(top_spans=4, span_tokens=5),
+    )
+
+
+def _mesh() -> Any:
+    from fac_jax.config import MeshConfig
+    from fac_jax.mesh import make_mesh
+
+    return make_mesh(MeshConfig(data=1, feature=1))
+
+
+def run(config: Config, out: Path, name: str = "anchor", sae: str = "sae1", **inputs: Path) -> dict[str, Any]:
+    out.mkdir(exist_ok=True)
+    return scan(config, out, {"sae": Path(sae), **inputs}, name)
+
+
+def fingerprints(out: Path) -> dict[str, str]:
+    return {str(f.relative_to(out)): hashlib.sha256(f.read_bytes()).hexdigest() for f in out.rglob("*") if f.is_file()}
+
+
+def reference(config: Config, backbone: Any, acts: str = "topk") -> list[dict[int, tuple[float, int]]]:
+    """Per document: feature -> (peak, position), by a loop over tokens."""
+    w = np.asarray(sae_of(1).sae.w_fd[...])
+    found = []
+    for document in read_documents(config.data["anchor"], "anchor"):
+        encoded = encode(document, backbone.tokenizer, 16)
+        best: dict[int, tuple[float, int]] = {}
+        for position in np.flatnonzero(encoded.content):
+            pre = backbone.table[encoded.ids[position], position] @ w.T
+            kept = np.argsort(-pre)[: K if acts == "topk" else FEATURES]
+            for f in kept[pre[kept] > 0].tolist():
+                if pre[f] > best.get(f, (0, 0))[0]:
+                    best[f] = float(pre[f]), int(position)
+        found.append(best)
+    return found
+
+
+@pytest.mark.parametrize("acts", ["topk", "relu"])
+def test_files_hold_what_a_loop_finds(config: Config, tmp_path: Path, backbone: Any, acts: Any) -> None:
+    config = dataclasses.replace(config, scan=dataclasses.replace(config.scan, acts=acts))
+    counts = run(config, tmp_path / "out")
+    expected = reference(config, backbone, acts)
+    found = load_scan(tmp_path / "out")
+    assert counts["documents"] == len(expected) == found.peaks_nf.shape[0]
+    assert counts["peaks"] == sum(map(len, expected)) == found.peaks_nf.nnz
+    documents = found.documents().to_pylist()
+    for row, best in enumerate(expected):
+        span = slice(found.peaks_nf.indptr[row], found.peaks_nf.indptr[row + 1])
+        assert found.peaks_nf.indices[span].tolist() == sorted(best)
+        for at in range(span.start, span.stop):
+            peak, position = best[int(found.peaks_nf.indices[at])]
+            assert found.peaks_nf.data[at] == pytest.approx(peak, rel=1e-5)
+            assert found.positions_m[at] == position
+            assert found.token_ids_m[at] == documents[row]["token_ids"][position]
+    for row in found.features().to_pylist():
+        mine = sorted(-best[row["feature"]][0] for best in expected if row["feature"] in best)
+        assert row["documents"] == len(mine) == sum(row["histogram"])
+        assert row["tokens"] >= row["documents"] and [s["score"] for s in row["spans"]] == pytest.approx(
+            [-p for p in mine[:4]]
+        )
+        assert row["max"] == pytest.approx(-mine[0] if mine else 0)
+
+
+def test_spans_show_the_activating_token(config: Config, tmp_path: Path) -> None:
+    run(config, tmp_path / "out")
+    found = load_scan(tmp_path / "out")
+    texts = {row["id"]: row for row in found.documents().to_pylist()}
+    spans = [span for row in found.features().to_pylist() for span in row["spans"]]
+    assert spans
+    for span in spans:
+        document = texts[span["document_id"]]
+        assert span["token"].strip() == WORDS[document["token_ids"][span["position"]]]
+        text = " ".join(f"{span['before']} {span['token']} {span['after']}".split())
+        assert text in document["text"] and len(text.split()) == min(5, document["content_tokens"])
+        assert "<user>" not in text
+
+
+def test_documents_keep_their_identity(config: Config, tmp_path: Path) -> None:
+    run(config, tmp_path / "out")
+    documents = list(read_documents(config.data["anchor"], "anchor"))
+    rows = load_scan(tmp_path / "out").documents().to_pylist()
+    assert [row["id"] for row in rows] == [d.id for d in documents] and [row["index"] for row in rows] == list(
+        range(len(rows))
+    )
+    assert [row["label"] for row in rows] == [d.label for d in documents]
+    assert [row["text"] for row in rows] == [d.text for d in documents]
+    assert rows[0]["turns"] == [{"role": "user", "content": documents[0].text}] and rows[0]["source"] == "rows.jsonl:1"
+
+
+@pytest.mark.parametrize("dies_at", [0, 1, 3])
+def test_killed_and_run_again_gives_the_same_bytes(
+    config: Config, tmp_path: Path, dies_at: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = run(config, tmp_path / "whole")
+    monkeypatch.setattr(module, "PART_BATCHES", 2)
+    dispatched, commits = _count_calls(monkeypatch, "dispatch"), module.commit
+
+    def dying(out: Path, group: Any) -> None:
+        if len(list((out / "parts").glob("0*"))) == dies_at:
+            raise KeyboardInterrupt
+        commits(out, group)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(module, "commit", dying)
+        run(config, tmp_path / "cut")
+    (tmp_path / "cut" / "parts" / ".half-written").mkdir()
+    before = dispatched()
+    assert run(config, tmp_path / "cut") == whole
+    batches = len(
+        list(pack((encode(d, _tokenizer(config), 16) for d in read_documents(config.data["anchor"], "a")), 2, 16))
+    )
+    assert dispatched() - before == batches - 2 * dies_at, "committed batches are not computed again"
+    assert fingerprints(tmp_path / "cut") == fingerprints(tmp_path / "whole")
+
+
+def _tokenizer(config: Config) -> Any:
+    return module.load_backbone("", 3, "auto", _mesh()).tokenizer
+
+
+def _count_calls(monkeypatch: pytest.MonkeyPatch, name: str) -> Callable[[], int]:
+    real, calls = getattr(module, name), []
+
+    def counted(*args: Any) -> Any:
+        calls.append(1)
+        return real(*args)
+
+    monkeypatch.setattr(module, name, counted)
+    return lambda: len(calls)
+
+
+def test_killed_after_the_product_was_written(config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    counts = run(config, tmp_path / "out")
+    before = fingerprints(tmp_path / "out")
+    dispatched = _count_calls(monkeypatch, "dispatch")
+    assert run(config, tmp_path / "out") == counts and dispatched() == 0
+    assert fingerprints(tmp_path / "out") == before
+
+
+def test_a_missing_piece_is_named(config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "PART_BATCHES", 2)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(module, "finish", _interrupt)
+        run(config, tmp_path / "out")
+    second = sorted((tmp_path / "out" / "parts").glob("0*"))[1]
+    second.rename(tmp_path / "elsewhere")
+    with pytest.raises(UserError, match="lacks the piece with documents"):
+        run(config, tmp_path / "out")
+
+
+def _interrupt(*args: Any) -> None:
+    raise KeyboardInterrupt
+
+
+def test_a_scan_with_another_sae_is_not_mixed_in(config: Config, tmp_path: Path) -> None:
+    run(config, tmp_path / "out")
+    with pytest.raises(
+        UserError, match=r"was made with {'sae': 'sae-1'}, the config asks {'sae': 'sae-2'}: delete the folder"
+    ):
+        run(config, tmp_path / "out", sae="sae2")
+    with pytest.raises(
+        UserError, match="was made with SAE sae-1, asked is SAE sae-2: run `fac scan CONFIG --data anchor` again"
+    ):
+        load_scan(tmp_path / "out", sae="sae-2")
+
+
+def test_an_sae_that_does_not_fit_the_backbone(config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "load_sae", load_sae)
+    card = {"k": K, "model": "toy", "rows": 1, "steps": 1, "metrics": {}}
+    for name, width, layer, model in (("w", 8, 3, "model-1"), ("l", D, 2, "model-1"), ("m", D, 3, "model-2")):
+        sae = TopKSAE(jnp.zeros((FEATURES, width)), jnp.zeros(FEATURES), jnp.zeros(width))
+        save_sae(tmp_path / name, sae, {**card, "layer": layer, "model_digest": model})
+    for name, message in (
+        ("w", "reads width 8, backbone has 6"),
+        ("l", "layer 2, config asks 3"),
+        ("m", "digest model-2"),
+    ):
+        with pytest.raises(UserError, match=message):
+            run(config, tmp_path / "out", sae=str(tmp_path / name))
+
+
+def test_no_scan_there(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="holds no finished scan .*: run `fac scan CONFIG --data anchor`"):
+        load_scan(tmp_path / "anchor")
+
+
+def test_empty_data_set(config: Config, tmp_path: Path) -> None:
+    (tmp_path / "rows.jsonl").write_text("")
+    with pytest.raises(UserError, match="data.anchor has no documents"):
+        run(config, tmp_path / "out")
+
+
+def test_bad_rows_are_counted_and_listed(config: Config, tmp_path: Path) -> None:
+    with open(tmp_path / "rows.jsonl", "a") as rows:
+        rows.write("{broken\n")
+    with pytest.raises(UserError, match="rows.jsonl:61: not valid JSON"):
+        run(config, tmp_path / "out")
+    data = {"anchor": dataclasses.replace(config.data["anchor"], on_bad_row="skip")}
+    counts = run(dataclasses.replace(config, data=data), tmp_path / "out2")
+    assert counts["skipped_rows"] == 1
+    assert "rows.jsonl:61" in json.loads((tmp_path / "out2" / "scan.json").read_text())["skipped"][0]
+
+
+def test_what_synthesis_wrote_may_be_empty(config: Config, tmp_path: Path) -> None:
+    synthesis = tmp_path / "synthesis"
+    synthesis.mkdir()
+    (synthesis / "kept.jsonl").write_text("")
+    (synthesis / "random.jsonl").write_text('{"text": "red cat", "label": 1}\n')
+    assert run(config, tmp_path / "kept", "kept", synthesis=synthesis)["documents"] == 0
+    assert load_scan(tmp_path / "kept").peaks_nf.shape == (0, FEATURES)
+    assert run(config, tmp_path / "random", "random", synthesis=synthesis)["documents"] == 1
+    assert load_scan(tmp_path / "random").labels_n.tolist() == [1.0]
+
+
+def test_peaks_of_documents_in_memory_are_those_of_the_scan(config: Config, tmp_path: Path) -> None:
+    run(config, tmp_path / "out")
+    loaded = module.load_backbone("", 3, "auto", _mesh())
+    encoded = [encode(d, loaded.tokenizer, 16) for d in read_documents(config.data["anchor"], "anchor")]
+    for acts in ("topk", "relu"):
+        peaks = peaks_of(encoded, loaded, sae_of(1), acts, config.backbone)
+        if acts == "topk":
+            assert (peaks != load_scan(tmp_path / "out").peaks_nf).nnz == 0
+    assert peaks_of([], loaded, sae_of(1), "topk", config.backbone).shape == (0, FEATURES)
