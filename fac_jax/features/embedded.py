@@ -1,0 +1,155 @@
+"""Explanations without a language model to write them: over-represented tokens, and the logit lens.
+
+- *Fires on*: tokens that hold a feature's peaks more often than the corpus holds them, by log-odds with an informative
+  Dirichlet prior (Monroe, Colaresi, Quinn 2008, "Fightin' Words", equations 16 and 22).
+- *Promotes*: tokens whose logits the feature's decoder direction raises most, through final norm and unembedding.
+- A held-out score: the first list, made from half of the documents, predicts on the other half where the feature is
+  active, by how many of its tokens a document holds (AUROC; undefined without documents of both kinds).
+
+Reads nothing and writes nothing; `explain.py` does.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import jax
+import numpy as np
+from jaxtyping import Array, Bool, Float64, Int, Int64
+from scipy.sparse import coo_array, csr_array
+from transformers import PreTrainedTokenizerFast
+
+from fac_jax.backbone.weights import Loaded
+from fac_jax.features.statistics import auroc_of_counts
+from fac_jax.mesh import DATA
+from fac_jax.sae.checkpoint import LoadedSae
+from fac_jax.sae.topk import top_k
+from fac_jax.scan.scan import Scan
+from fac_jax.scan.spans import decode
+from fac_jax.text import document_hash
+
+PRIOR_TOKENS = 10.0
+"""Weight of the prior: as many tokens, distributed as in the corpus, are added to either side."""
+SURE = 1.96
+"""Standard errors by which a token's log-odds must exceed 0 to be named."""
+PROMOTED = 4
+"""Tokens named by the logit lens."""
+LENS_ELEMENTS = 2**25  # of logits [features, vocabulary] at a time: 128 MiB
+SCORE_ELEMENTS = 2**24  # of scores [documents, features] at a time
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Content tokens of the scanned documents."""
+
+    held_nv: csr_array
+    """How often document n holds token v."""
+    half_n: Bool[np.ndarray, " n"]
+    """Documents that the held-out score is not measured on: half of them, by hash."""
+
+
+def read_corpus(scan: Scan) -> Corpus:
+    """Count the content tokens of every document of a scan."""
+    table = scan.documents("token_ids", "content").combine_chunks()
+    lists = table["token_ids"].combine_chunks()
+    content = table["content"].combine_chunks().flatten().to_numpy(zero_copy_only=False)
+    tokens = lists.flatten().to_numpy()[content]
+    documents = np.repeat(np.arange(len(lists)), lists.value_lengths().to_numpy())[content]
+    shape = (len(lists), int(tokens.max(initial=0)) + 1)
+    held = coo_array((np.ones(len(tokens), np.int32), (documents, tokens)), shape=shape).tocsr()
+    half = np.array([document_hash(name, "explain") < 0.5 for name in scan.ids_n.tolist()], bool)
+    return Corpus(held, half)
+
+
+def over_represented(peak_tokens_fv: csr_array, corpus_v: Int64[np.ndarray, " v"], limit: int) -> list[list[int]]:
+    """Per feature, at most `limit` tokens that hold its peaks more often than chance, surest first.
+
+    `peak_tokens_fv` counts documents in which feature f peaks at token v, `corpus_v` all content tokens.
+    """
+    count_f = peak_tokens_fv.sum(axis=1)
+    row = np.repeat(np.arange(peak_tokens_fv.shape[0]), np.diff(peak_tokens_fv.indptr))
+    token = peak_tokens_fv.indices
+    prior = PRIOR_TOKENS * corpus_v[token] / corpus_v.sum()
+    here, there = peak_tokens_fv.data + prior, corpus_v[token] + prior
+    odds_here = np.log(here / (count_f[row] + PRIOR_TOKENS - here))
+    odds_there = np.log(there / (corpus_v.sum() + PRIOR_TOKENS - there))
+    z = (odds_here - odds_there) / np.sqrt(1 / here + 1 / there)
+    order = np.lexsort((token, -z, row))
+    named: list[list[int]] = [[] for _ in count_f]
+    for at in order[z[order] > SURE].tolist():
+        if len(named[row[at]]) < limit:
+            named[row[at]].append(int(token[at]))
+    return named
+
+
+def peak_tokens(scan: Scan, among_n: Bool[np.ndarray, " n"], vocabulary: int) -> csr_array:
+    """Documents of `among_n` in which feature f peaks at token v."""
+    row = np.repeat(np.arange(scan.peaks_nf.shape[0]), np.diff(scan.peaks_nf.indptr))
+    taken = among_n[row]
+    at = (scan.peaks_nf.indices[taken], scan.token_ids_m[taken])
+    ones = np.ones(int(taken.sum()), np.int64)
+    return coo_array((ones, at), shape=(scan.identity.features, vocabulary)).tocsr()
+
+
+def fires_on(scan: Scan, corpus: Corpus, limit: int, among_n: Bool[np.ndarray, " n"]) -> list[list[int]]:
+    """`over_represented` tokens of every feature over some of the documents."""
+    corpus_v = corpus.held_nv[np.flatnonzero(among_n)].sum(axis=0).astype(np.int64)
+    return over_represented(peak_tokens(scan, among_n, len(corpus_v)), corpus_v, limit)
+
+
+def heldout_auroc(scan: Scan, corpus: Corpus, limit: int) -> Float64[np.ndarray, " f"]:
+    """How well tokens named from one half of the documents tell, on the other half, where each feature is active.
+
+    NaN where the other half has no active document, or only active ones. 0.5 where no token is named.
+    """
+    named = fires_on(scan, corpus, limit, corpus.half_n)
+    lengths = [len(tokens) for tokens in named]
+    shape = (len(named), corpus.held_nv.shape[1])
+    at = (np.repeat(np.arange(len(named)), lengths), np.array([t for tokens in named for t in tokens], np.int64))
+    named_vf = coo_array((np.ones(sum(lengths), np.int32), at), shape=shape).T.tocsc()
+    rest = np.flatnonzero(~corpus.half_n)
+    holds_nv, peaks_nf = (corpus.held_nv[rest] > 0).astype(np.int32), scan.peaks_nf[rest].tocsc()
+    step = max(1, SCORE_ELEMENTS // max(1, len(rest)))
+    parts = []
+    for first in range(0, len(named), step):
+        block = slice(first, first + step)
+        parts.append(auroc_of_counts((holds_nv @ named_vf[:, block]).toarray(), (peaks_nf[:, block] > 0).toarray()))
+    return np.concatenate(parts)
+
+
+def promotes(loaded: Loaded, sae: LoadedSae, limit: int = PROMOTED) -> Int[np.ndarray, "f k"]:
+    """Tokens whose logits each feature's decoder direction raises most (`loaded` must be the whole model).
+
+    Subtracting each token's mean over the features, so that a token that most of them raise is named less, was tried:
+    it changes next to nothing.
+    """
+    logits_of, shards = loaded.logits_fn(), loaded.mesh.shape[DATA]
+    w_fd = np.asarray(sae.sae.w_fd[...])
+    step = max(1, LENS_ELEMENTS // (loaded.config.vocab * shards))
+    rows = shards * step
+    padded = np.zeros((-(-len(w_fd) // rows) * rows, w_fd.shape[1]), np.float32)
+    padded[: len(w_fd)] = w_fd
+    blocks = padded.reshape(-1, shards, step, w_fd.shape[1])
+    best = [np.asarray(_best(logits_of(block), limit)).reshape(rows, limit) for block in blocks]
+    return np.concatenate(best)[: len(w_fd)]
+
+
+@partial(jax.jit, static_argnums=1)
+def _best(logits_btv: Array, limit: int) -> Array:
+    return top_k(logits_btv.reshape(-1, logits_btv.shape[-1]), limit)[1]
+
+
+def wording(fires: Sequence[str], promoted: Sequence[str]) -> str | None:
+    """`fires on: " kill", " gun"; promotes: " weapon"`; None when no token stands out where the feature fires."""
+    if not fires:
+        return None
+    quoted = [", ".join(json.dumps(token, ensure_ascii=False) for token in tokens) for tokens in (fires, promoted)]
+    return f"fires on: {quoted[0]}; promotes: {quoted[1]}"
+
+
+def decoded(tokens: Sequence[int], tokenizer: PreTrainedTokenizerFast) -> list[str]:
+    """Each token as text."""
+    return [decode(np.array([token]), tokenizer) for token in tokens]

@@ -1,0 +1,82 @@
+"""A finished scan of a toy corpus in which one feature fires on vile words and another on animals."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from fac_jax.packing import encode, pack
+from fac_jax.scan.parts import Identity, begin, commit, finish
+from fac_jax.scan.peaks import BatchPeaks
+from fac_jax.scan.scan import Scan, load_scan
+from fac_jax.text import Turn, make_document
+
+VILE, ANIMALS, PLAIN = ["vile", "cruel"], ["dog", "cat"], ["the", "a", "is", "was", "very", "so"]
+WORDS = ["<pad>", "<user>", *VILE, *ANIMALS, *PLAIN]
+FEATURES = 6
+ON_VILE, ON_ANIMALS, ON_EVERYTHING, ON_ONE = range(4)  # the last two features never fire
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> PreTrainedTokenizerFast:
+    words = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<pad>"))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    made = PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", additional_special_tokens=["<user>"])
+    made.chat_template = "{% for m in messages %}<user> {{ m['content'] }} {% endfor %}"
+    return made
+
+
+@pytest.fixture
+def make_scan(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> Callable[..., Scan]:
+    """`make_scan(count=..., labels=True, sae=...)`: documents with a vile word are labelled 1."""
+
+    def make(count: int = 120, labels: bool = True, sae: str = "sae-1") -> Scan:
+        generator = np.random.default_rng(0)
+        documents = []
+        for _ in range(count):
+            vile, animal = generator.random(2) < 0.5
+            words = [
+                *generator.choice(PLAIN, 5),
+                *generator.choice(VILE, int(vile)),
+                *generator.choice(ANIMALS, int(animal)),
+            ]
+            text = " ".join(map(str, generator.permutation(words)))
+            documents.append(make_document([Turn("user", text)], float(vile) if labels else None, "toy"))
+        folder = tmp_path / "scans" / "anchor"
+        folder.mkdir(parents=True)
+        identity = Identity("anchor", "data", "model", 3, sae, FEATURES, 2, "topk", 4, 8)
+        begin(folder, identity)
+        for batch in pack((encode(d, tokenizer, 32) for d in documents), 8, 128):
+            rows = []
+            for slot, encoded in enumerate(batch.documents):
+                words = [WORDS[token] for token in encoded.ids]
+                places = {
+                    ON_VILE: [i for i, word in enumerate(words) if word in VILE],
+                    ON_ANIMALS: [i for i, word in enumerate(words) if word in ANIMALS],
+                    ON_EVERYTHING: [1],
+                    ON_ONE: [1] if batch.first + slot == 7 else [],
+                }
+                rows += [(slot, f, 1 + i / 10, i) for f, at in places.items() for i in at[:1]]
+            table = np.array(rows)
+            whole = table[:, [0, 1, 3]].astype(np.int64).T
+            tokens_f = np.bincount(whole[1], minlength=FEATURES)
+            commit(
+                folder,
+                [
+                    (
+                        batch,
+                        BatchPeaks(
+                            whole[0], whole[1], table[:, 2].astype(np.float32), whole[2].astype(np.int32), tokens_f
+                        ),
+                    )
+                ],
+            )
+        finish(folder, identity, tokenizer, [])
+        return load_scan(folder)
+
+    return make
