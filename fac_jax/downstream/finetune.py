@@ -1,0 +1,249 @@
+"""Train a classifier on seed, seed + random generations and seed + kept generations; measure each on held-out text.
+
+The paper's head-only experiment on toxicity: the backbone is frozen and one linear head is trained on the mean
+residual of a document's content tokens. Arms differ only in the documents added to the seed set; `seed+random` holds
+as many generations as `seed+kept`, so what the SAE filter adds is the difference between these two. `anchor` (every
+labelled anchor document) is an upper reference: what real data would have given.
+
+Reads the labelled documents of the seed, anchor and held-out data sets, and synthesis/{kept,random}.jsonl. Writes
+finetune/eval.json (metrics per arm and seed), finetune/predictions.parquet (the scores behind them) and
+finetune/features/*.npz (pooled residuals; an interrupted run reuses them).
+
+Held-out documents are scored once, after the last step: nothing is tuned on them and there is no early stopping.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from jaxtyping import Bool, Float
+
+from fac_jax.backbone.weights import Loaded, load_backbone
+from fac_jax.config import Config, DataSet, Source
+from fac_jax.downstream.evaluate import auprc, auroc, paired_bootstrap, spread
+from fac_jax.downstream.head import fit
+from fac_jax.downstream.pool import pooled_residuals
+from fac_jax.errors import UserError
+from fac_jax.mesh import make_mesh
+from fac_jax.runs import write_text, writing
+from fac_jax.text import Document, read_documents
+
+POSITIVE_ABOVE = 0.5
+"""A document whose label exceeds this is positive."""
+COMPARED = (("seed+kept", "seed"), ("seed+random", "seed"), ("seed+kept", "seed+random"))
+"""Pairs of arms whose difference gets an interval."""
+
+
+@dataclass(frozen=True)
+class Examples:
+    """Labelled documents as the head sees them; `x_nd` is not standardised."""
+
+    ids: tuple[str, ...]
+    x_nd: Float[np.ndarray, "n d"]
+    positive_n: Bool[np.ndarray, " n"]
+
+    def plus(self, other: Examples) -> Examples:
+        """These, and those of `other` that are not among these."""
+        mine = set(self.ids)
+        new = [row for row, name in enumerate(other.ids) if name not in mine]
+        return Examples(
+            self.ids + tuple(other.ids[row] for row in new),
+            np.concatenate([self.x_nd, other.x_nd[new]]),
+            np.concatenate([self.positive_n, other.positive_n[new]]),
+        )
+
+    @property
+    def has_both_classes(self) -> bool:
+        return bool(self.positive_n.any()) and not bool(self.positive_n.all())
+
+
+def finetune(config: Config, out: Path, inputs: Mapping[str, Path]) -> dict[str, Any]:
+    """Stage: train every arm with every seed, score the held-out set, write eval.json and predictions.parquet.
+
+    Raises UserError when a held-out document is in a training arm, when the held-out set lacks labels or a class, or
+    when no arm can be trained. An arm without documents of both classes is reported as not trained, with the reason.
+    """
+    examples = _examples(config, _datasets(config, inputs["synthesis"]), out / "features")
+    heldout = examples.pop("heldout")
+    if heldout is None or not heldout.has_both_classes:
+        raise UserError(
+            f"data set {config.finetune.heldout!r} has no labelled documents of both classes, so nothing can be "
+            "measured on it; give its sources a label field or set finetune.heldout"
+        )
+    arms = _arms(examples)
+    for name, arm in arms.items():
+        check_disjoint(arm.ids, heldout.ids, name, config.finetune.heldout)
+    scores = {n: _score(config, arm, heldout, arms["seed"]) for n, arm in arms.items() if arm.has_both_classes}
+    if not scores:
+        raise UserError(
+            "no training arm has documents of both classes; give the sources of coverage.seed a label field"
+        )
+    evaluation = _evaluation(config, arms, scores, heldout)
+    _write_predictions(out / "predictions.parquet", scores, heldout, config.finetune.seeds)
+    write_text(out / "eval.json", json.dumps(evaluation, indent=1, allow_nan=False))
+    return {
+        "base_rate": evaluation["heldout"]["base_rate"],
+        "auprc": {name: row["auprc"]["mean"] for name, row in evaluation["arms"].items() if "auprc" in row},
+    }
+
+
+def check_disjoint(training: Sequence[str], heldout: Sequence[str], arm: str, name: str) -> None:
+    """Raise UserError naming a document that is both trained on and measured on."""
+    shared = sorted(set(training) & set(heldout))
+    if shared:
+        raise UserError(
+            f"{len(shared)} documents are both in training arm {arm!r} and in held-out data set {name!r}, the first is "
+            f"{shared[0]}; give the two data sets disjoint `split` ranges"
+        )
+
+
+def _datasets(config: Config, synthesis: Path) -> dict[str, DataSet]:
+    """Where each group of documents comes from; the synthetic files are data sets like any other."""
+    seed = config.dataset(config.coverage.seed)
+
+    def generated(name: str) -> DataSet:
+        source = Source(path=str(synthesis / f"{name}.jsonl"), format="jsonl", text="text", label="label")
+        return DataSet(sources=(source,), max_tokens=seed.max_tokens)
+
+    return {
+        "seed": seed,
+        "random": generated("random"),
+        "kept": generated("kept"),
+        "anchor": config.dataset(config.coverage.anchor),
+        "heldout": config.dataset(config.finetune.heldout),
+    }
+
+
+def _examples(config: Config, datasets: Mapping[str, DataSet], folder: Path) -> dict[str, Examples | None]:
+    """Labelled documents of each group with their features; None for a group without any."""
+    folder.mkdir(parents=True, exist_ok=True)
+
+    @cache  # the backbone is loaded once, and not at all when every group's features are there
+    def backbone() -> Loaded:
+        return load_backbone(
+            config.backbone.model, config.backbone.layer, config.backbone.dtype, make_mesh(config.mesh)
+        )
+
+    examples: dict[str, Examples | None] = {}
+    for name, dataset in datasets.items():
+        documents = _labelled(name, dataset)
+        if documents:
+            x_nd = _features(folder / f"{name}.npz", documents, config, dataset.max_tokens, backbone)
+            positive_n = np.array([d.label is not None and d.label > POSITIVE_ABOVE for d in documents])
+            examples[name] = Examples(tuple(d.id for d in documents), x_nd, positive_n)
+        else:
+            examples[name] = None
+    return examples
+
+
+def _labelled(name: str, dataset: DataSet) -> list[Document]:
+    """Documents with a label. A synthesis that kept nothing leaves an empty file, which is no documents."""
+    if name in ("kept", "random") and Path(dataset.sources[0].path).stat().st_size == 0:
+        return []
+    return [document for document in read_documents(dataset, name) if document.label is not None]
+
+
+def _features(
+    path: Path, documents: Sequence[Document], config: Config, max_tokens: int, backbone: Callable[[], Loaded]
+) -> Float[np.ndarray, "n d"]:
+    """Pooled residuals of `documents`, from `path` when it holds those of the same documents in the same order."""
+    ids = np.array([document.id for document in documents])
+    if path.exists():
+        with np.load(path, allow_pickle=False) as kept:
+            if np.array_equal(kept["ids"], ids):
+                return kept["x_nd"]
+    x_nd = pooled_residuals(documents, backbone(), config.backbone, max_tokens, f"finetune {path.stem}")
+    with writing(path) as temporary, temporary.open("wb") as file:  # given a name, numpy would add an ending to it
+        np.savez(file, ids=ids, x_nd=x_nd)
+    return x_nd
+
+
+def _arms(examples: Mapping[str, Examples | None]) -> dict[str, Examples]:
+    """Documents of each arm, in the order of the report's table; an arm may lack documents, or those of a class."""
+    some = next((part for part in examples.values() if part is not None), None)
+    if some is None:
+        raise UserError("no training arm has labelled documents; give the sources of coverage.seed a label field")
+    none = Examples((), some.x_nd[:0], some.positive_n[:0])
+    seed, random, kept, anchor = (examples[name] or none for name in ("seed", "random", "kept", "anchor"))
+    return {"seed": seed, "seed+random": seed.plus(random), "seed+kept": seed.plus(kept), "anchor": anchor}
+
+
+def _score(config: Config, arm: Examples, heldout: Examples, seed: Examples) -> Float[np.ndarray, "s n"]:
+    """Logits of the held-out documents, one row per training seed.
+
+    Features are standardised with the mean and deviation of the seed arm, the same for every arm.
+    """
+    reference = seed if seed.ids else arm
+    mean_d, sd_d = reference.x_nd.mean(0), reference.x_nd.std(0) + 1e-6
+    head_sd, bias_s = fit((arm.x_nd - mean_d) / sd_d, arm.positive_n, config.finetune)
+    return head_sd @ ((heldout.x_nd - mean_d) / sd_d).T + bias_s[:, None]
+
+
+def _evaluation(
+    config: Config, arms: Mapping[str, Examples], scores: Mapping[str, Float[np.ndarray, "s n"]], heldout: Examples
+) -> dict[str, Any]:
+    """What eval.json holds: metrics per arm, differences between arms, and how they were made."""
+    positive_n = heldout.positive_n
+    return {
+        "heldout": {
+            "data": config.finetune.heldout,
+            "documents": len(positive_n),
+            "positive": int(positive_n.sum()),
+            "base_rate": float(positive_n.mean()),
+        },
+        "arms": {
+            name: {"added": _added(name, arm, arms["seed"]), **_arm_row(arm, scores.get(name), positive_n)}
+            for name, arm in arms.items()
+        },
+        "differences": [
+            {"arm": arm, "minus": other, **dataclasses.asdict(paired_bootstrap(positive_n, scores[arm], scores[other]))}
+            for arm, other in COMPARED
+            if arm in scores and other in scores
+        ],
+        "head": {
+            "features": f"mean residual of content tokens, layer {config.backbone.layer}, standardised on the seed arm",
+            "imbalance": "both classes of an arm have the same total weight in the loss",
+            "epochs": config.finetune.epochs,
+            "learning_rate": config.finetune.learning_rate,
+            "batch": config.finetune.batch,
+            "seeds": list(config.finetune.seeds),
+        },
+    }
+
+
+def _added(name: str, arm: Examples, seed: Examples) -> int:
+    """Documents an arm adds to the seed; one that was in the seed already adds nothing."""
+    return len(arm.ids) - len(seed.ids) if name.startswith("seed+") else 0
+
+
+def _arm_row(
+    arm: Examples, scores: Float[np.ndarray, "s n"] | None, positive_n: Bool[np.ndarray, " n"]
+) -> dict[str, Any]:
+    row: dict[str, Any] = {"documents": len(arm.ids), "positive": int(arm.positive_n.sum())}
+    if scores is None:
+        return {**row, "not_trained": "documents of one class only" if arm.ids else "no labelled documents"}
+    for name, metric in (("auprc", auprc), ("auroc", auroc)):
+        row[name] = dataclasses.asdict(spread([metric(positive_n, of_seed) for of_seed in scores]))
+    return row
+
+
+def _write_predictions(
+    path: Path, scores: Mapping[str, Float[np.ndarray, "s n"]], heldout: Examples, seeds: Sequence[int]
+) -> None:
+    rows = [
+        {"arm": arm, "seed": seed, "document_id": name, "positive": bool(positive), "logit": float(logit)}
+        for arm, of_seeds in scores.items()
+        for seed, of_seed in zip(seeds, of_seeds, strict=True)
+        for name, positive, logit in zip(heldout.ids, heldout.positive_n, of_seed, strict=True)
+    ]
+    with writing(path) as temporary:
+        pq.write_table(pa.Table.from_pylist(rows), temporary)

@@ -1,0 +1,263 @@
+"""Stage: write samples that activate what is missing, in the paper's two steps, and keep those that do.
+
+Reads the SAE, the anchor's and the seed's scans, the explanations and `missing.parquet`. Writes
+- `generations.jsonl`: every reply as it came, appended at once; an interrupted run uses them again;
+- `candidates.parquet`: one row per reply: the text as it would be kept, or the reason why it is no sample; its peak on
+  the feature that it was written for, its best feature, and the missing features that it activates;
+- `pairs.parquet`: the contrastive pair of each feature that was written for, or why it has none;
+- `samples.parquet`: what is kept, most useful first, each with the feature and the activation that it is kept for;
+- `kept.jsonl`, `random.jsonl`: data sets of equally many samples, the second drawn blindly from step 1's valid ones.
+All of them may be empty: a writer that fails is recorded as one.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from scipy.sparse import csr_array, vstack
+
+from fac_jax.config import Config
+from fac_jax.features.task import SampleShape
+from fac_jax.llm.client import Generator, open_generator
+from fac_jax.mesh import make_mesh
+from fac_jax.packing import encode
+from fac_jax.runs import write_text, writing
+from fac_jax.scan.scan import Scan, load_scan, load_scans, load_scorer, peaks_of
+from fac_jax.synthesis import contrast, cover
+from fac_jax.synthesis.contrast import Pair
+from fac_jax.synthesis.cover import Kept
+from fac_jax.synthesis.generations import Generation, Job, settle_log, write_all
+from fac_jax.synthesis.plan import Plan, make_plan
+from fac_jax.synthesis.samples import Sample, read_sample, reasons, without_copies
+from fac_jax.text import Turn, make_document
+
+Score = Callable[[Sequence[str]], csr_array]
+"""Texts to their peaks on every feature, float32 [texts, features]."""
+
+CANDIDATES = pa.schema(
+    {
+        "id": pa.string(), "feature": pa.int32(), "step": pa.int32(), "index": pa.int32(), "text": pa.string(),
+        "valid": pa.bool_(), "reason": pa.string(), "mended": pa.list_(pa.string()), "peak": pa.float32(),
+        "best_feature": pa.int32(), "best_peak": pa.float32(), "covers": pa.list_(pa.int32()), "kept": pa.bool_(),
+        "raw": pa.string(), "finish_reason": pa.string(), "prompt_digest": pa.string(), "seed": pa.int64(),
+        "generator": pa.string(), "model": pa.string(), "prompt_tokens": pa.int64(), "completion_tokens": pa.int64(),
+    }
+)  # fmt: skip
+PAIRS = pa.schema(
+    {
+        "feature": pa.int32(), "about": pa.string(), "strong": pa.string(), "strong_text": pa.string(),
+        "strong_peak": pa.float32(), "weak": pa.string(), "weak_text": pa.string(), "weak_peak": pa.float32(),
+        "reason": pa.string(),
+    }
+)  # fmt: skip
+SAMPLES = pa.schema(
+    {
+        "rank": pa.int64(), "id": pa.string(), "text": pa.string(), "feature": pa.int32(), "about": pa.string(),
+        "peak": pa.float32(), "adds": pa.list_(pa.int32()), "covered": pa.int64(), "step": pa.int32(),
+        "written_for": pa.int32(), "generator": pa.string(), "prompt_digest": pa.string(), "seed": pa.int64(),
+    }
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Step:
+    """What one step wrote, and what became of it."""
+
+    jobs: list[Job]
+    generations: list[Generation]
+    samples: list[Sample]
+    peaks_nf: csr_array
+    """Peaks of the samples that are valid, 0 elsewhere [jobs, features]."""
+
+    @property
+    def valid(self) -> list[int]:
+        """Rows that are samples."""
+        return [row for row, sample in enumerate(self.samples) if sample.reason is None]
+
+    def plus(self, other: Step) -> Step:
+        """Both, one after the other."""
+        peaks_nf = csr_array(vstack([self.peaks_nf, other.peaks_nf], format="csr"))
+        joined = (self.jobs + other.jobs, self.generations + other.generations, self.samples + other.samples)
+        return Step(*joined, peaks_nf)
+
+
+def synthesize(config: Config, out: Path, inputs: Mapping[str, Path]) -> dict[str, Any]:
+    """Stage. Raises UserError when scans and SAE do not fit together, or the writer fails (what it wrote is kept)."""
+    anchor, seed = load_scans(inputs[f"scan:{config.coverage.anchor}"], inputs[f"scan:{config.coverage.seed}"])
+    plan = make_plan(config, anchor, seed, inputs)
+    generator = open_generator(config, make_mesh(config.mesh))
+    return write_samples(plan, generator, open_scorer(config, inputs, anchor), out)
+
+
+def open_scorer(config: Config, inputs: Mapping[str, Path], anchor: Scan) -> Score:
+    """Texts to peaks, just as the scan of the written samples will compute them."""
+    loaded, sae = load_scorer(config, inputs)
+    load_scan(anchor.folder, sae=sae.digest)
+    max_tokens = config.dataset(config.coverage.seed).max_tokens
+
+    def score(texts: Sequence[str]) -> csr_array:
+        documents = (make_document([Turn("user", text)], None, "synthesis") for text in texts)
+        encoded = [encode(document, loaded.tokenizer, max_tokens) for document in documents]
+        return peaks_of(encoded, loaded, sae, config.scan.acts, config.backbone)
+
+    return score
+
+
+def write_samples(plan: Plan, generator: Generator, score: Score, out: Path) -> dict[str, Any]:
+    """Both steps, the choice, and the product."""
+    log = out / "generations.jsonl"
+    jobs = contrast.jobs(plan.step1, plan.targets, plan.settings.candidates, plan.sampling)
+    first = _step(plan, jobs, generator, score, log, [])
+    valid = first.valid
+    written_for = np.array([first.jobs[row].feature for row in valid], np.int64)
+    features = [target.feature for target in plan.targets]
+    pairs = contrast.pairs(features, first.peaks_nf[valid], written_for, plan.threshold)
+    texts = [first.samples[row].text for row in valid]
+    by_feature = {pair.feature: pair for pair in pairs}
+    jobs = cover.jobs(plan.step2, plan.targets, by_feature, texts, plan.settings.second_step, plan.sampling)
+    earlier = [(first.jobs[row].id, first.samples[row].text) for row in valid]
+    second = _step(plan, jobs, generator, score, log, earlier)
+    every = first.plus(second)
+    settle_log(log, every.generations)
+    kept = cover.assign(every.peaks_nf, plan.features, plan.threshold, plan.settings.keep_per_feature)
+    drawn = _draw(valid, len(kept), plan.seed)
+    _write_tables(out, plan, every, pairs, valid, kept)
+    _write_data_set(out / "kept.jsonl", every, {one.row: one.feature for one in kept}, plan.shape)
+    _write_data_set(out / "random.jsonl", every, {row: every.jobs[row].feature for row in drawn}, plan.shape)
+    return _summary(plan, generator.name, first, second, pairs, kept, len(drawn))
+
+
+def _step(
+    plan: Plan, jobs: list[Job], generator: Generator, score: Score, log: Path, earlier: Sequence[tuple[str, str]]
+) -> Step:
+    generations = write_all(jobs, generator, log)
+    read = [read_sample(one.text, one.finish_reason, plan.shape) for one in generations]
+    shown = [[m["content"] for m in job.request.messages if m["role"] == "assistant"] for job in jobs]
+    samples = without_copies(read, [job.id for job in jobs], plan.known, shown, earlier)
+    rows = np.array([row for row, sample in enumerate(samples) if sample.reason is None], np.int64)
+    scored = score([samples[row].text for row in rows]).tocoo()
+    peaks_nf = csr_array((scored.data, (rows[scored.row], scored.col)), shape=(len(jobs), scored.shape[1]))
+    return Step(jobs, generations, samples, peaks_nf)
+
+
+def _draw(valid: Sequence[int], count: int, seed: int) -> list[int]:
+    """`count` of step 1's samples, all with the same chance, whatever their peaks: the control for the filter."""
+    random = np.random.default_rng([seed, len(valid)])
+    return sorted(random.choice(np.asarray(valid, np.int64), min(count, len(valid)), replace=False).tolist())
+
+
+def _write_tables(
+    out: Path, plan: Plan, every: Step, pairs: Sequence[Pair], valid: Sequence[int], kept: Sequence[Kept]
+) -> None:
+    abouts = {target.feature: target.about for target in plan.missing}
+    tables = {
+        "candidates": pa.Table.from_pylist(_candidate_rows(plan, every, {one.row for one in kept}), CANDIDATES),
+        "pairs": pa.Table.from_pylist([_pair_row(pair, valid, every, abouts) for pair in pairs], PAIRS),
+        "samples": pa.Table.from_pylist(_sample_rows(every, kept, abouts), SAMPLES),
+    }
+    for name, table in tables.items():
+        with writing(out / f"{name}.parquet") as temporary:
+            pq.write_table(table, temporary)
+
+
+def _candidate_rows(plan: Plan, every: Step, kept: set[int]) -> list[dict[str, Any]]:
+    missing = plan.features
+    rows = []
+    for row, (job, generation, sample) in enumerate(zip(every.jobs, every.generations, every.samples, strict=True)):
+        peaks_m = every.peaks_nf[[row]][:, missing].toarray()[0]
+        best = int(peaks_m.argmax()) if sample.reason is None else None
+        rows.append({
+            "id": job.id, "feature": job.feature, "step": job.step, "index": job.index, "text": sample.text,
+            "valid": sample.reason is None, "reason": sample.reason, "mended": list(sample.mended),
+            "peak": None if best is None else float(peaks_m[missing == job.feature][0]),
+            "best_feature": None if best is None else int(missing[best]),
+            "best_peak": None if best is None else float(peaks_m[best]),
+            "covers": missing[peaks_m > plan.threshold].tolist(), "kept": row in kept, "raw": generation.text,
+            "finish_reason": generation.finish_reason, "prompt_digest": generation.prompt_digest,
+            "seed": generation.seed, "generator": generation.generator, "model": generation.model,
+            "prompt_tokens": generation.prompt_tokens, "completion_tokens": generation.completion_tokens,
+        })  # fmt: skip
+    return rows
+
+
+def _pair_row(pair: Pair, valid: Sequence[int], every: Step, abouts: Mapping[int, str]) -> dict[str, Any]:
+    found: dict[str, Any] = {
+        "feature": pair.feature, "about": abouts[pair.feature], "strong_peak": pair.strong_peak,
+        "weak_peak": pair.weak_peak if pair.weak is not None else None, "reason": pair.reason,
+    }  # fmt: skip
+    for name, place in (("strong", pair.strong), ("weak", pair.weak)):
+        if place is not None:
+            found |= {name: every.jobs[valid[place]].id, f"{name}_text": every.samples[valid[place]].text}
+    return found
+
+
+def _sample_rows(every: Step, kept: Sequence[Kept], abouts: Mapping[int, str]) -> list[dict[str, Any]]:
+    covered = np.cumsum([len(one.adds) for one in kept]).tolist()
+    return [
+        {
+            "rank": rank, "id": every.jobs[one.row].id, "text": every.samples[one.row].text, "feature": one.feature,
+            "about": abouts[one.feature], "peak": one.peak, "adds": list(one.adds), "covered": covered[rank],
+            "step": every.jobs[one.row].step, "written_for": every.jobs[one.row].feature,
+            "generator": every.generations[one.row].generator,
+            "prompt_digest": every.generations[one.row].prompt_digest, "seed": every.generations[one.row].seed,
+        }
+        for rank, one in enumerate(kept)
+    ]  # fmt: skip
+
+
+def _write_data_set(path: Path, every: Step, features: Mapping[int, int], shape: SampleShape) -> None:
+    """One line per chosen row, as `text.read_documents` takes it, with what it came from."""
+    lines = [
+        {
+            "id": every.jobs[row].id, "text": every.samples[row].text, "label": shape.label, "feature": feature,
+            "step": every.jobs[row].step, "generator": every.generations[row].generator,
+            "prompt_digest": every.generations[row].prompt_digest, "seed": every.generations[row].seed,
+        }
+        for row, feature in features.items()
+    ]  # fmt: skip
+    write_text(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+
+
+def _summary(
+    plan: Plan, generator: str, first: Step, second: Step, pairs: Sequence[Pair], kept: Sequence[Kept], drawn: int
+) -> dict[str, Any]:
+    """Numbers of the stage; `target_hit_rate` is the share of the missing features that the samples activate."""
+    return {
+        "generator": generator,
+        "missing": len(plan.missing),
+        "written_for": len(plan.targets),
+        "step1": _step_summary(plan, first),
+        "step2": _step_summary(plan, second),
+        "pairs": sum(pair.reason is None for pair in pairs),
+        "kept": len(kept),
+        "kept_from_step2": sum(one.row >= len(first.jobs) for one in kept),
+        "random": drawn,
+        "target_hit_rate_one_step": _hit_rate(plan, first),
+        "target_hit_rate": _hit_rate(plan, first.plus(second)),
+    }
+
+
+def _step_summary(plan: Plan, step: Step) -> dict[str, Any]:
+    own = {job.feature for row, job in enumerate(step.jobs) if step.peaks_nf[row, job.feature] > plan.threshold}
+    return {
+        "written": len(step.jobs),
+        "valid": len(step.valid),
+        "rejected": reasons(step.samples),
+        "hit_by_their_own": len(own),
+        "prompt_tokens": sum(one.prompt_tokens for one in step.generations),
+        "completion_tokens": sum(one.completion_tokens for one in step.generations),
+    }
+
+
+def _hit_rate(plan: Plan, step: Step) -> float | None:
+    if not plan.missing:
+        return None
+    peaks_m = step.peaks_nf[:, plan.features].max(axis=0).toarray() if step.jobs else np.zeros(1)
+    return float((peaks_m > plan.threshold).sum() / len(plan.missing))

@@ -1,0 +1,124 @@
+"""Coverage arithmetic: computed by hand, and the properties that must hold for any peaks."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
+from scipy.sparse import csr_array, vstack
+
+from fac_jax.coverage.fac import (
+    active,
+    active_documents,
+    draws_of_length,
+    fac,
+    fac_freq,
+    fac_magnitude,
+    missing,
+    raw_fac_ratio,
+    target_hit_rate,
+)
+from fac_jax.errors import UserError
+
+FEATURES = 7
+peaks = st.integers(0, 5).flatmap(
+    lambda n: arrays(np.float32, (n, FEATURES), elements=st.sampled_from([0, 0, 0.5, 1, 1.5, 3]))
+)
+masks = arrays(bool, FEATURES)
+thresholds = st.sampled_from([0.0, 0.5, 1.0, 2.0])
+
+
+def mask(*features: int) -> np.ndarray:
+    return np.isin(np.arange(FEATURES), features)
+
+
+def not_below(a: float | None, b: float | None) -> bool:
+    return (a is None and b is None) or (a is not None and b is not None and a >= b)
+
+
+def test_by_hand() -> None:
+    relevant, anchor, seed = mask(0, 1, 2, 3, 4), mask(0, 1, 2, 3, 6), mask(0, 5)
+    gen = csr_array(np.array([[2, 0, 0, 0, 9, 9, 9], [2, 3, 1, 0, 0, 0, 0]], np.float32))
+    gen_active = active(gen, 1.0)
+    assert gen_active.tolist() == mask(0, 1, 4, 5, 6).tolist(), "a peak of exactly the threshold is not active"
+    gap = missing(relevant, anchor, seed)
+    assert gap.tolist() == mask(1, 2, 3).tolist()
+    assert fac(relevant, anchor, gen_active) == 2 / 4
+    assert raw_fac_ratio(relevant, anchor, gen_active) == 3 / 4
+    assert target_hit_rate(gap, gen_active) == pytest.approx(1 / 3)
+    assert fac_freq(relevant, anchor, gen, 1.0) == (2 + 1) / (4 * 2)
+    assert fac_magnitude(relevant, anchor, gen, 1.0) == (2 + 2 + 3) / (4 * 2)
+
+
+def test_raw_ratio_may_exceed_one_and_fac_may_not() -> None:
+    assert raw_fac_ratio(mask(0, 1), mask(0), mask(0, 1)) == 2.0
+    assert fac(mask(0, 1), mask(0), mask(0, 1)) == 1.0
+
+
+def test_undefined_is_none() -> None:
+    empty, some = mask(), mask(1)
+    assert fac(empty, some, some) is None
+    assert raw_fac_ratio(some, empty, some) is None
+    assert target_hit_rate(empty, some) is None
+    assert fac_freq(some, some, csr_array((0, FEATURES), dtype=np.float32), 0.0) is None
+
+
+def test_negative_threshold_is_refused() -> None:
+    with pytest.raises(UserError, match="threshold is -1"):
+        active(csr_array((1, FEATURES), dtype=np.float32), -1.0)
+
+
+@given(peaks, peaks, masks, masks, thresholds)
+def test_superset_never_lowers(
+    small: np.ndarray, more: np.ndarray, relevant: np.ndarray, anchor: np.ndarray, t: float
+) -> None:
+    a, both = active(csr_array(small), t), active(vstack([csr_array(small), csr_array(more)], format="csr"), t)
+    for metric in (fac, raw_fac_ratio):
+        before, after = metric(relevant, anchor, a), metric(relevant, anchor, both)
+        assert not_below(after, before)
+    gap = missing(relevant, anchor, a)
+    assert not (missing(relevant, anchor, both) & ~gap).any()
+
+
+@given(peaks, masks, masks, thresholds, st.permutations(range(FEATURES)), st.randoms())
+def test_order_of_features_and_documents_does_not_matter(
+    values: np.ndarray, relevant: np.ndarray, anchor: np.ndarray, t: float, order: list[int], random: object
+) -> None:
+    rows = list(range(len(values)))
+    random.shuffle(rows)  # type: ignore[attr-defined]
+    moved, plain = csr_array(values[rows][:, order]), csr_array(values)
+    assert (active(moved, t) == active(plain, t)[order]).all()
+    for metric in (fac, raw_fac_ratio):
+        assert metric(relevant, anchor, active(plain, t)) == metric(relevant[order], anchor[order], active(moved, t))
+    for weighted in (fac_freq, fac_magnitude):
+        assert weighted(relevant, anchor, plain, t) == pytest.approx(weighted(relevant[order], anchor[order], moved, t))
+
+
+@given(peaks, masks, masks)
+def test_threshold_above_every_peak_gives_zero(values: np.ndarray, relevant: np.ndarray, anchor: np.ndarray) -> None:
+    top = float(values.max(initial=0))
+    matrix = csr_array(values)
+    for number in (fac(relevant, anchor, active(matrix, top)), fac_freq(relevant, anchor, matrix, top)):
+        assert number in (0.0, None)
+    assert (active_documents(matrix, top) == 0).all()
+
+
+@given(peaks, masks, masks, thresholds, thresholds)
+def test_a_higher_threshold_never_raises(
+    values: np.ndarray, relevant: np.ndarray, anchor: np.ndarray, a: float, b: float
+) -> None:
+    low, high = (fac(relevant, anchor, active(csr_array(values), t)) for t in sorted((a, b)))
+    assert not_below(low, high)
+
+
+@settings(max_examples=40)
+@given(arrays(np.int64, st.integers(1, 20), elements=st.integers(1, 50)), st.integers(0, 400), st.integers(0, 9))
+def test_draws_stay_within_the_budget(tokens: np.ndarray, budget: int, seed: int) -> None:
+    drawn = draws_of_length(tokens, budget, 3, seed)
+    assert all(tokens[chosen].sum() <= budget and len(set(chosen)) == len(chosen) for chosen in drawn)
+    if tokens.sum() <= budget:
+        assert len(drawn) == 1 and len(drawn[0]) == len(tokens)
+    again = draws_of_length(tokens, budget, 3, seed)
+    assert all((a == b).all() for a, b in zip(drawn, again, strict=True))

@@ -1,0 +1,274 @@
+"""The stage in a toy world: what it keeps, what it records of what failed, and that nothing written is lost."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+
+from fac_jax.config import Config, DataSet, LlmConfig, Source
+from fac_jax.errors import UserError
+from fac_jax.llm.client import OnReply, Reply, Request
+from fac_jax.llm.fake import BROKEN, GOOD, FakeGenerator, FakeServer
+from fac_jax.synthesis import synthesize as module
+from fac_jax.synthesis.synthesize import synthesize
+from fac_jax.text import read_documents
+from tests.synthesis.toy_world import SEEN, TOPICS, Toy, asked_for, feature, message
+
+MISSING = [word for word in TOPICS if word not in SEEN]
+
+
+def run(
+    toy: Toy, write: Callable[[Request], str | Reply], monkeypatch: pytest.MonkeyPatch, **settings: Any
+) -> tuple[dict[str, Any], FakeGenerator]:
+    generator = FakeGenerator(write)
+    return run_with(toy, generator, monkeypatch, **settings), generator
+
+
+def run_with(toy: Toy, generator: Any, monkeypatch: pytest.MonkeyPatch, **settings: Any) -> dict[str, Any]:
+    monkeypatch.setattr(module, "open_generator", lambda config, mesh: generator)
+    config = dataclasses.replace(toy.config, synthesize=dataclasses.replace(toy.config.synthesize, **settings))
+    return synthesize(config, toy.out, toy.inputs)
+
+
+def able(request: Request) -> str:
+    """Writes about what it is asked."""
+    return message(asked_for(request), request.seed)
+
+
+def off_by_one(request: Request) -> str:
+    """Always writes about another feature than it is asked for: only joint scoring finds what it covers."""
+    return message(MISSING[(MISSING.index(asked_for(request)) + 1) % len(MISSING)], request.seed)
+
+
+def table(toy: Toy, name: str) -> list[dict[str, Any]]:
+    return pq.read_table(toy.out / f"{name}.parquet").to_pylist()
+
+
+def lines(toy: Toy, name: str) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (toy.out / name).read_text().splitlines()]
+
+
+def fingerprints(toy: Toy) -> dict[str, str]:
+    return {f.name: hashlib.sha256(f.read_bytes()).hexdigest() for f in sorted(toy.out.iterdir())}
+
+
+def test_an_able_writer_covers_everything(toy: Toy, monkeypatch: pytest.MonkeyPatch):
+    summary, generator = run(toy, able, monkeypatch)
+    assert len(generator.requests) == len(MISSING) * 4
+    assert summary["generator"] == "fake:writer"
+    assert (summary["missing"], summary["written_for"], summary["pairs"]) == (7, 7, 7)
+    assert summary["step1"]["written"] == summary["step2"]["written"] == 14
+    assert summary["target_hit_rate_one_step"] == summary["target_hit_rate"] == 1.0
+    assert summary["kept"] == summary["random"] == 7
+    samples = table(toy, "samples")
+    assert sorted(row["feature"] for row in samples) == sorted(map(feature, MISSING))
+    assert all(row["peak"] == 3.0 for row in samples)
+    assert [row["covered"] for row in samples] == list(range(1, 8))
+
+
+@pytest.mark.parametrize("name", ["kept", "random"])
+def test_the_data_sets_are_read_like_any_other(toy: Toy, monkeypatch: pytest.MonkeyPatch, name: str):
+    run(toy, able, monkeypatch)
+    source = Source(path=str(toy.out / f"{name}.jsonl"), label="label")
+    documents = list(read_documents(DataSet(sources=(source,)), name))
+    assert len(documents) == 7 and all(document.label == 1 for document in documents)
+    rows = lines(toy, f"{name}.jsonl")
+    assert all(
+        set(row) >= {"id", "text", "label", "feature", "step", "generator", "prompt_digest", "seed"} for row in rows
+    )
+    if name == "random":
+        assert all(row["step"] == 1 for row in rows)
+
+
+def test_candidates_written_for_other_features_count(toy: Toy, monkeypatch: pytest.MonkeyPatch):
+    summary, _ = run(toy, off_by_one, monkeypatch)
+    assert summary["step1"]["hit_by_their_own"] == 0
+    assert summary["target_hit_rate"] == 1.0
+    for row in table(toy, "samples"):
+        assert row["written_for"] != row["feature"]
+    for row in table(toy, "candidates"):
+        assert row["peak"] == 0 and row["best_peak"] == 3.0 and row["covers"] == [row["best_feature"]]
+    for pair in table(toy, "pairs"):
+        assert pair["strong"].split("-")[0] != f"f{pair['feature']}"
+        assert pair["weak"].split("-")[0] == f"f{pair['feature']}" and pair["weak_peak"] == 0
+
+
+def test_every_candidate_is_in_the_table_with_its_origin_or_its_reason(toy: Toy, monkeypatch: pytest.MonkeyPatch):
+    def write(request: Request) -> str | Reply:
+        word = asked_for(request)
+        if word == "guns":
+            return "too short"
+        if word == "fire":
+            return Reply("", "content_filter", 3, 0, "m")
+        if word == "theft":
+            return f"Assistant: {message('theft', request.seed)}"
+        if word == "fraud":
+            return message("fraud", 101)  # an anchor text
+        return able(request)
+
+    summary, _ = run(toy, write, monkeypatch)
+    rows = table(toy, "candidates")
+    for word, reason in {
+        "guns": "2 words, 5 to 60 were asked for",
+        "fire": "empty",
+        "theft": "holds an answer",
+        "fraud": "copy of an anchor or seed text",
+    }.items():
+        found = [row for row in rows if row["feature"] == feature(word)]
+        assert [row["reason"] for row in found] == [reason] * 2  # no pair, so no second step
+        assert not any(row["valid"] or row["kept"] or row["covers"] for row in found)
+        (pair,) = [pair for pair in table(toy, "pairs") if pair["feature"] == feature(word)]
+        assert pair["strong"] is None and pair["reason"] == "no candidate exceeds 1; the best of 6 reached 0"
+    assert summary["step1"]["rejected"]["holds an answer"] == 2
+    assert summary["pairs"] == 3 and summary["step2"]["written"] == 6
+    assert summary["target_hit_rate"] == pytest.approx(3 / 7)
+    assert all(row["prompt_digest"] and row["generator"] == "fake:writer" for row in rows)
+    assert len({row["seed"] for row in rows}) == len(rows)
+    assert sum(row["kept"] for row in rows) == summary["kept"] == len(table(toy, "samples"))
+
+
+def test_a_writer_that_fails_throughout_is_recorded_as_one(toy: Toy, monkeypatch: pytest.MonkeyPatch):
+    summary, _ = run(toy, lambda request: "", monkeypatch)
+    assert summary["kept"] == summary["random"] == summary["pairs"] == 0
+    assert summary["target_hit_rate"] == 0.0
+    assert (toy.out / "kept.jsonl").read_text() == (toy.out / "random.jsonl").read_text() == ""
+    assert len(table(toy, "candidates")) == 14 and table(toy, "samples") == []
+    assert {pair["reason"] for pair in table(toy, "pairs")} == {"no candidate is a sample"}
+
+
+def test_nothing_missing_writes_nothing(toy: Toy, monkeypatch: pytest.MonkeyPatch):
+    path = toy.inputs["coverage"] / "missing.parquet"
+    pq.write_table(pq.read_table(path).slice(0, 0), path)
+    summary, generator = run(toy, able, monkeypatch)
+    assert generator.requests == [] and summary["missing"] == 0 and summary["target_hit_rate"] is None
+
+
+def test_max_features_takes_the_highest_anchor_peaks_but_scores_against_all(toy: Toy, monkeypatch: pytest.MonkeyPatch):
+    path = toy.inputs["coverage"] / "missing.parquet"
+    found = pq.read_table(path)
+    peaks = np.linspace(2, 3, found.num_rows)
+    pq.write_table(found.set_column(1, "anchor_peak", [peaks]), path)
+    summary, _ = run(toy, off_by_one, monkeypatch, max_features=2)
+    assert {row["feature"] for row in table(toy, "candidates")} == {feature(word) for word in MISSING[-2:]}
+    assert (summary["missing"], summary["written_for"]) == (7, 2)
+    assert {row["feature"] for row in table(toy, "samples")} == {feature(MISSING[-1]), feature(MISSING[0])}
+
+
+def test_one_step_only(toy: Toy, monkeypatch: pytest.MonkeyPatch):
+    summary, generator = run(toy, able, monkeypatch, second_step=0)
+    assert summary["step2"]["written"] == 0 and summary["kept"] == 7
+    assert len(generator.requests) == 14
+
+
+def test_prompts_show_anchor_texts_that_carry_the_label_first(toy: Toy, monkeypatch: pytest.MonkeyPatch):
+    _, generator = run(toy, able, monkeypatch, candidates=1)
+    request = next(r for r in generator.requests if asked_for(r) == "guns")
+    shown = [turn["content"] for turn in request.messages if turn["role"] == "assistant"]
+    assert shown[0] == message("guns", 101)  # the only one of the three that is labelled 1
+    assert shown[1] in (message("guns", 100), message("guns", 102))
+
+
+class Breaking:
+    """Answers `count` requests, then fails like a server that went away."""
+
+    def __init__(self, count: int) -> None:
+        self.name, self.left, self.asked = "fake:writer", count, 0
+
+    def generate(self, requests: list[Request], on_reply: OnReply) -> list[Reply]:
+        for index, request in enumerate(requests):
+            if not self.left:
+                raise UserError("http://127.0.0.1:1/v1 gave no usable reply")
+            self.left -= 1
+            self.asked += 1
+            on_reply(index, FakeGenerator(able).generate([request])[0])
+        return []
+
+
+def test_a_server_that_dies_is_named_and_the_next_run_asks_only_for_the_rest(toy: Toy, monkeypatch: pytest.MonkeyPatch):
+    def write(body: dict[str, Any]) -> str:
+        return able(Request(tuple(body["messages"]), 30, seed=body["seed"]))
+
+    def config(server: FakeServer) -> Config:
+        return dataclasses.replace(toy.config, llm=LlmConfig(url=server.url, retries=0, concurrency=2))
+
+    with FakeServer([GOOD] * 5, write, then=BROKEN) as server:
+        with pytest.raises(UserError, match=f"{server.url}/chat/completions.*HTTP 500.*the engine died.*of 14 replies"):
+            synthesize(config(server), toy.out, toy.inputs)
+    there = len(lines(toy, "generations.jsonl"))
+    assert there >= 5
+    with FakeServer(write=write) as server:
+        summary = synthesize(config(server), toy.out, toy.inputs)
+        assert len(server.bodies) == 28 - there
+    assert (summary["generator"], summary["target_hit_rate"]) == ("http:fake-model", 1.0)
+
+
+@pytest.mark.parametrize("count", [0, 3, 14, 20])
+def test_an_interrupted_run_goes_on_and_ends_with_the_same_bytes(toy: Toy, monkeypatch: pytest.MonkeyPatch, count: int):
+    run(toy, able, monkeypatch)
+    undisturbed = fingerprints(toy)
+    for file in toy.out.iterdir():
+        file.unlink()
+    with pytest.raises(UserError, match="gave no usable reply"):
+        run_with(toy, Breaking(count), monkeypatch)
+    assert len(lines(toy, "generations.jsonl")) == count
+    with open(toy.out / "generations.jsonl", "a") as log:
+        log.write('{"feature": 3, "st')  # a line that a kill cut short
+    second = Breaking(1000)
+    run_with(toy, second, monkeypatch)
+    assert second.asked == 28 - count
+    assert fingerprints(toy) == undisturbed
+
+
+def test_replies_to_another_prompt_or_of_another_writer_are_not_used(toy: Toy, monkeypatch: pytest.MonkeyPatch):
+    run(toy, able, monkeypatch)
+    _, again = run(toy, able, monkeypatch)
+    assert again.requests == []
+    _, warmer = run(toy, able, monkeypatch, temperature=0.5)
+    assert len(warmer.requests) == 28
+    other = FakeGenerator(able, name="fake:other")
+    run_with(toy, other, monkeypatch, temperature=0.5)
+    assert len(other.requests) == 28
+
+
+def test_a_damaged_log_is_named_with_its_line(toy: Toy, monkeypatch: pytest.MonkeyPatch):
+    run(toy, able, monkeypatch)
+    log = toy.out / "generations.jsonl"
+    content = log.read_text().splitlines()
+    log.write_text("\n".join([content[0], "oops", *content[2:], ""]))
+    with pytest.raises(UserError, match=r"generations\.jsonl:2 cannot be read"):
+        run(toy, able, monkeypatch)
+
+
+def test_a_full_disk_rises_as_what_it_is(toy: Toy, monkeypatch: pytest.MonkeyPatch):
+    run(toy, able, monkeypatch)
+    before = fingerprints(toy)
+
+    def full(*args: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "replace", full)
+    with pytest.raises(OSError, match="No space left"):
+        run(toy, able, monkeypatch)
+    assert fingerprints(toy) == before  # and no temporary file is left
+
+
+def test_an_sae_other_than_the_scans_is_refused(toy: Toy, monkeypatch: pytest.MonkeyPatch):
+    loaded, sae = module.load_scorer(toy.config, toy.inputs)
+    monkeypatch.setattr(
+        module, "load_scorer", lambda config, inputs: (loaded, dataclasses.replace(sae, digest="sae-2"))
+    )
+    with pytest.raises(UserError, match="made with SAE sae-1, asked is SAE sae-2"):
+        run(toy, able, monkeypatch)
+
+
+def test_the_defaults_are_the_papers():
+    settings = Config().synthesize
+    assert (settings.temperature, settings.top_p, settings.max_new_tokens) == (0.8, 0.9, 900)
