@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import httpx
@@ -27,12 +28,12 @@ def checks(config: Config) -> Iterator[tuple[str, bool, str]]:
     yield "devices", True, f"{jax.device_count()} x {jax.devices()[0].device_kind} ({jax.default_backend()})"
     yield from _check("mesh", lambda: f"{dict(make_mesh(config.mesh).shape)}")
     if config.data:
-        yield from _check("model", lambda: _model(config))
+        yield from _check("model", partial(_model, config))
     for name in config.data:
-        yield from _check(f"data.{name}", lambda name=name: _data(config, name))
-    yield from _check("disk", lambda: _disk(config))
+        yield from _check(f"data.{name}", partial(_data, config, name))
+    yield from _check("disk", partial(_disk, config))
     if config.llm.url:
-        yield from _check("llm", lambda: _server(str(config.llm.url)))
+        yield from _check("llm", partial(_server, config.llm.url))
     else:
         yield "llm", True, "llm.url is not set: the embedded methods explain, judge and write"
 

@@ -1,0 +1,248 @@
+"""`fac VERB CONFIG [--section.field value]`: the command line, thin.
+
+Parses a verb, a YAML file and dotted flags, runs the stages that the verb names, prints what they measured. Errors the
+user can mend are one line without a traceback; Ctrl-C and a full disk keep everything that was committed.
+Stages are imported inside the functions that run them, so that help and config errors come without loading jax.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import errno
+import logging
+import sys
+import typing
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import tyro
+from rich.console import Console
+from rich.table import Table
+
+from fac_jax import __version__
+from fac_jax.config import Config, load_config
+from fac_jax.errors import UserError
+from fac_jax.plain import suggest
+from fac_jax.runs import Run
+
+
+@dataclass(frozen=True)
+class Verb:
+    """A command: what it does in a line, which sections of the config its help shows, and its function."""
+
+    help: str
+    sections: tuple[str, ...]
+    function: Callable[[Config, str, dict[str, str]], None]
+    needs_config: bool = True
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Entry point of `fac`; returns the exit status (0 done, 1 error the user can mend, 2 usage, 130 Ctrl-C)."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    for noisy in ("absl", "jax", "httpx", "orbax", "transformers"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)
+    errors = Console(stderr=True, highlight=False, soft_wrap=True)
+    try:
+        return _dispatch(arguments)
+    except UserError as error:
+        errors.print("[bold red]error:[/] ", end="")
+        errors.print(str(error), markup=False)
+        return 1
+    except KeyboardInterrupt:
+        errors.print("stopped by Ctrl-C; everything committed is kept, and the same command goes on from it:")
+        errors.print("  fac " + " ".join(arguments), markup=False)
+        return 130
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        errors.print("[bold red]error:[/] ", end="")
+        place = f" at {error.filename}" if error.filename else ""
+        errors.print(
+            f"the disk is full{place}; free space and run the same command again, what is committed is kept",
+            markup=False,
+        )
+        return 1
+
+
+def _dispatch(arguments: list[str]) -> int:
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        _print_usage()
+        return 0
+    if arguments[0] in ("--version", "-V"):
+        print(f"fac_jax {__version__}")
+        return 0
+    name, *rest = arguments
+    if name not in VERBS:
+        print(f"fac has no verb {name!r}{suggest(name, VERBS)}; `fac --help` lists them", file=sys.stderr)
+        return 2
+    verb = VERBS[name]
+    if "-h" in rest or "--help" in rest:
+        _parse(name, verb, rest[0] if rest and not rest[0].startswith("-") else None, ["--help"])
+        return 0
+    if verb.needs_config and (not rest or rest[0].startswith("-")):
+        print(f"usage: fac {name} CONFIG [--section.field value ...]; the YAML file comes first", file=sys.stderr)
+        return 2
+    options = _take_options(rest, OPTIONS.get(name, {}))
+    path = rest.pop(0) if rest and not rest[0].startswith("-") else None
+    verb.function(_parse(name, verb, path, rest, options.pop("on-bad-row", None)), name, options)
+    return 0
+
+
+def _print_usage() -> None:
+    print("fac: which features of a language model does a data set not exercise, and which samples would?\n")
+    print(
+        "usage: fac VERB CONFIG [--section.field value ...]   (fac VERB --help: every setting, with unit and source)\n"
+    )
+    for name, verb in VERBS.items():
+        print(f"  {name:<11} {verb.help}")
+    print("\nBegin with: fac run configs/quickstart.yaml")
+
+
+def _take_options(rest: list[str], known: dict[str, str]) -> dict[str, str]:
+    """Remove `--name value` of a verb's own options from `rest`."""
+    found = {}
+    for name in known:
+        for index, word in enumerate(rest):
+            if word == f"--{name}" or word.startswith(f"--{name}="):
+                _, equals, value = word.partition("=")
+                if not equals and (index + 1 == len(rest) or rest[index + 1].startswith("--")):
+                    raise UserError(f"--{name} needs a value: {known[name]}")
+                found[name] = value if equals else rest.pop(index + 1)
+                rest.pop(index)
+                break
+    return found
+
+
+def _parse(name: str, verb: Verb, path: str | None, flags: list[str], on_bad_row: str | None = None) -> Config:
+    """The config file with flags over it. Every flag is taken by every verb, since a product's identity may hang on it;
+    the help shows the sections that the verb itself reads."""
+    config = load_config(path) if path else Config()
+    if on_bad_row is not None:
+        choice: typing.Literal["stop", "skip"] = "skip" if on_bad_row == "skip" else "stop"
+        if on_bad_row != choice:
+            raise UserError(f"--on-bad-row is {on_bad_row!r}; choose stop or skip")
+        data = {key: dataclasses.replace(value, on_bad_row=choice) for key, value in config.data.items()}
+        config = dataclasses.replace(config, data=data)
+    kinds = typing.get_type_hints(Config)
+    shown = verb.sections if "--help" in flags else tuple(kinds)
+    sections = [section for section in shown if getattr(config, section) != {}]
+    view = dataclasses.make_dataclass("Settings", [(section, kinds[section]) for section in sections], frozen=True)
+    default = view(*(getattr(config, section) for section in sections))
+    options = "".join(f"\n\n--{key} {text}" for key, text in OPTIONS.get(name, {}).items())
+    description = f"{verb.help}.{options}"
+    parsed = tyro.cli(view, prog=f"fac {name} CONFIG", description=description, args=flags, default=default)
+    return dataclasses.replace(config, **{section: getattr(parsed, section) for section in sections})
+
+
+def _run(config: Config, verb: str, options: dict[str, str]) -> None:
+    """All stages in order, then the summary."""
+    from fac_jax.pipeline import pipeline, run_stages
+    from fac_jax.report.terminal import summary
+
+    stages = pipeline(config)
+    with Run(config) as run:
+        run_stages(run, stages, list(stages))
+        Console().print(summary(run.dir))
+        print(f"report: {(run.dir / 'report' / 'index.html').resolve()}")
+
+
+def _stage(config: Config, verb: str, options: dict[str, str]) -> None:
+    """The stages that carry the verb's name."""
+    from fac_jax.pipeline import pipeline, run_stages, scan_stage
+
+    stages = pipeline(config)
+    wanted = [name for name, stage in stages.items() if stage.verb == verb]
+    if verb == "scan":
+        names = [options["data"]] if "data" in options else [config.coverage.anchor, config.coverage.seed]
+        stages.update({f"scan:{name}": scan_stage(config, name) for name in names if f"scan:{name}" not in stages})
+        wanted = [f"scan:{name}" for name in names]
+    with Run(config) as run:
+        if verb == "report":  # alone it shows whatever is there; the page names the commands for the rest
+            done = tuple(name for name, stage in stages.items() if run.state(stage, stages)[0] == "done")
+            inputs = tuple(name for name in stages["report"].inputs if name in done)
+            stages["report"] = dataclasses.replace(stages["report"], inputs=inputs)
+        for stage, record in run_stages(run, stages, wanted):
+            print(f"{stage.name}: {run.folder(stage)}  ({record.seconds:.1f} s, {record.finished})")
+            for key, value in record.summary.items():
+                print(f"  {key}: {value:,}" if isinstance(value, (int, float)) else f"  {key}: {value}")
+
+
+def _status(config: Config, verb: str, options: dict[str, str]) -> None:
+    """One line a stage: done, outdated, half made or absent."""
+    from fac_jax.pipeline import pipeline
+
+    stages = pipeline(config)
+    run = Run(config)
+    table = Table("stage", "state", "made", "seconds", "product", "command", box=None)
+    for stage in stages.values():
+        state, record = run.state(stage, stages)
+        made, seconds = (record.finished, f"{record.seconds:.1f}") if record else ("", "")
+        table.add_row(
+            stage.name, state, made, seconds, str(run.folder(stage)), f"fac {stage.verb.replace(' ', ' CONFIG ', 1)}"
+        )
+    Console().print(table)
+
+
+def _convert(config: Config, verb: str, options: dict[str, str]) -> None:
+    """Write the backbone as a Hugging Face directory, for servers that read no GGUF."""
+    from fac_jax.backbone.export import export_hf
+
+    if "to" not in options:
+        raise UserError("fac convert needs --to FOLDER, the Hugging Face directory to write")
+    print(f"written: {export_hf(config.backbone.model, options['to'])}")
+
+
+def _doctor(config: Config, verb: str, options: dict[str, str]) -> None:
+    """What this machine offers and what the config needs from it."""
+    from fac_jax.doctor import checks
+
+    failed = 0
+    for name, ok, finding in checks(config):
+        failed += not ok
+        Console(soft_wrap=True, highlight=False).print(f"{'[green]ok[/]  ' if ok else '[red]mend[/]'} {name}: ", end="")
+        print(finding)
+    if failed:
+        raise UserError(f"{failed} of the checks above need mending")
+
+
+_ALL = tuple(section.name for section in dataclasses.fields(Config))
+_BASE = ("run", "mesh", "backbone", "data")
+
+OPTIONS = {
+    "run": {"on-bad-row": "stop|skip: what a malformed corpus row does, in every data set"},
+    "harvest": {"on-bad-row": "stop|skip: what a malformed corpus row does, in every data set"},
+    "scan": {
+        "data": "NAME: the data set to scan (default: the anchor and the seed set)",
+        "on-bad-row": "stop|skip: what a malformed corpus row does, in every data set",
+    },
+    "convert": {"to": "FOLDER: the Hugging Face directory to write"},
+}
+
+VERBS = {
+    "run": Verb("the whole pipeline, skipping what is done", _ALL, _run),
+    "harvest": Verb("corpus to activation store", (*_BASE, "harvest"), _stage),
+    "train": Verb("activation store to sparse autoencoder", ("run", "mesh", "backbone", "sae", "train"), _stage),
+    "scan": Verb(
+        "a corpus to per-feature statistics, spans and per-sample peaks", (*_BASE, "coverage", "scan"), _stage
+    ),
+    "explain": Verb("features to text", ("run", "mesh", "backbone", "explain", "llm"), _stage),
+    "judge": Verb("features to task relevance", ("run", "judge", "llm"), _stage),
+    "coverage": Verb("what the seed set covers of the anchor, and what it misses", ("run", "coverage"), _stage),
+    "synthesize": Verb(
+        "missing features to samples that activate them",
+        ("run", "mesh", "backbone", "coverage", "synthesize", "llm"),
+        _stage,
+    ),
+    "evaluate": Verb("coverage of the seed set with what was synthesised", ("run", "coverage"), _stage),
+    "select": Verb("existing documents that cover what is missing", ("run", "coverage"), _stage),
+    "finetune": Verb("a classifier with and without the synthetic samples", (*_BASE, "coverage", "finetune"), _stage),
+    "report": Verb("one offline HTML page of the run", ("run",), _stage),
+    "status": Verb("what is done, outdated or missing in the run directory", _ALL, _status),
+    "convert": Verb("the backbone (a GGUF file, say) to a Hugging Face directory", ("backbone",), _convert),
+    "doctor": Verb("what this machine offers, and whether the config can run on it", _ALL, _doctor, needs_config=False),
+}
+
+
+if __name__ == "__main__":
+    sys.exit(main())

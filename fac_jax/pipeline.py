@@ -1,0 +1,159 @@
+"""The pipeline as a table: each stage, its product, the settings it reads and the products it is made from.
+
+    corpus -> activations -> sae -> scans -> explanations, relevance -> coverage
+           -> synthesis -> evaluation, selection, finetune -> report
+
+`fac run` walks the table in order; a verb makes the rows that carry its name. What a row lists under `settings` is all
+that can change its product, so changing a threshold makes coverage and what follows again, and nothing before it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from fac_jax.activations.harvest import harvest
+from fac_jax.config import Config, DataSet
+from fac_jax.coverage.measure import coverage, evaluate
+from fac_jax.coverage.select import select
+from fac_jax.downstream.finetune import finetune
+from fac_jax.errors import UserError
+from fac_jax.features.explain import explain
+from fac_jax.features.judge import judge
+from fac_jax.features.task import load_task
+from fac_jax.report.page import report
+from fac_jax.runs import Record, Run, Stage, fingerprint
+from fac_jax.sae.train import train
+from fac_jax.scan.scan import scan
+from fac_jax.synthesis.synthesize import synthesize
+from fac_jax.text import resolve
+
+WRITTEN = ("kept", "random")
+"""Data sets that synthesis writes: the samples that passed, and as many chosen blindly."""
+
+
+def pipeline(config: Config) -> dict[str, Stage]:
+    """Every stage by name, in running order; an SAE or a store from outside replaces what makes it here."""
+    anchor, seed = f"scan:{config.coverage.anchor}", f"scan:{config.coverage.seed}"
+    stages = []
+    if config.scan.sae is None and config.train.store is None:
+        stages.append(Stage("activations", "activations", "harvest", harvest, _harvest_settings(config)))
+    if config.scan.sae is None:
+        store = () if config.train.store else ("activations",)
+        stages.append(Stage("sae", "sae", "train", train, _train_settings(config), store))
+    stages += [
+        *(scan_stage(config, name) for name in dict.fromkeys((config.coverage.anchor, config.coverage.seed))),
+        Stage(
+            *("explanations", "explanations", "explain", explain, _explain_settings(config)),
+            (*_sae_input(config), anchor),
+        ),
+        Stage("relevance", "relevance", "judge", judge, _judge_settings(config), (anchor, "explanations")),
+        Stage(
+            *("coverage", "coverage", "coverage", coverage, {"coverage": config.coverage, "seed": config.run.seed}),
+            (anchor, seed, "relevance", "explanations"),
+        ),
+        Stage(
+            *("synthesis", "synthesis", "synthesize", synthesize, _synthesis_settings(config)),
+            (*_sae_input(config), anchor, seed, "explanations", "coverage/missing.parquet"),
+        ),
+        *(scan_stage(config, name) for name in WRITTEN),
+        Stage(
+            *("evaluation", "evaluation", "evaluate", evaluate, {"coverage": config.coverage, "seed": config.run.seed}),
+            (anchor, seed, "scan:kept", "scan:random", "relevance"),
+        ),
+        Stage(
+            *("selection", "selection", "select", select, {"threshold": config.coverage.threshold}),
+            (anchor, "coverage/missing.parquet"),
+        ),
+        Stage("finetune", "finetune", "finetune", finetune, _finetune_settings(config), ("synthesis",)),
+    ]
+    stages.append(Stage("report", "report", "report", report, {}, tuple(stage.name for stage in stages)))
+    return {stage.name: stage for stage in stages}
+
+
+def scan_stage(config: Config, name: str) -> Stage:
+    """The scan of one data set; the sets that synthesis writes are read from its product."""
+    settings = {"scan": config.scan, **_backbone(config), "sae": external(config.scan.sae)}
+    inputs = _sae_input(config)
+    if name in WRITTEN:
+        inputs = (*inputs, f"synthesis/{name}.jsonl")
+    else:
+        settings["data"] = data_fingerprint(config, name)
+    return Stage(f"scan:{name}", f"scans/{name}", f"scan --data {name}", partial(scan, name=name), settings, inputs)
+
+
+def _sae_input(config: Config) -> tuple[str, ...]:
+    return () if config.scan.sae else ("sae",)
+
+
+def _backbone(config: Config) -> dict[str, Any]:
+    return {"backbone": config.backbone, "model": model_fingerprint(config.backbone.model)}
+
+
+def _harvest_settings(config: Config) -> dict[str, Any]:
+    data = data_fingerprint(config, config.harvest.data)
+    return {"harvest": config.harvest, **_backbone(config), "data": data, "seed": config.run.seed}
+
+
+def _train_settings(config: Config) -> dict[str, Any]:
+    settings = {"sae": config.sae, "train": config.train, "seed": config.run.seed}
+    return {**settings, "layer": config.backbone.layer, "store": external(config.train.store)}
+
+
+def _writer(config: Config) -> dict[str, Any]:
+    """Who answers, and the prompts it is given."""
+    task = {"name": config.judge.task, "files": load_task(config.judge.task).digest}
+    return {"url": config.llm.url, "model": config.llm.model, "task": task, "seed": config.run.seed}
+
+
+def _explain_settings(config: Config) -> dict[str, Any]:
+    sae = external(config.scan.sae)
+    return {"explain": config.explain, **_backbone(config), "sae": sae, "writer": _writer(config)}
+
+
+def _judge_settings(config: Config) -> dict[str, Any]:
+    return {"judge": config.judge, "writer": _writer(config)}
+
+
+def _synthesis_settings(config: Config) -> dict[str, Any]:
+    settings = {"synthesize": config.synthesize, "threshold": config.coverage.threshold, "acts": config.scan.acts}
+    return {**settings, **_backbone(config), "sae": external(config.scan.sae), "writer": _writer(config)}
+
+
+def _finetune_settings(config: Config) -> dict[str, Any]:
+    names = (config.finetune.heldout, config.coverage.seed, config.coverage.anchor)
+    data = [data_fingerprint(config, name) for name in names]
+    return {"finetune": config.finetune, **_backbone(config), "data": data}
+
+
+def data_fingerprint(config: Config, name: str) -> dict[str, Any]:
+    """A data set's settings and the fingerprints of its files."""
+    dataset: DataSet = config.dataset(name)
+    files = {source.path: [fingerprint(file) for file in resolve(source.path)] for source in dataset.sources}
+    return {"name": name, "settings": dataset, "files": files}
+
+
+def model_fingerprint(source: str) -> str | list[str]:
+    """Fingerprints of a local model's files; a hub id stands for itself."""
+    if source.startswith("pkg://") or Path(source).is_file():
+        return [fingerprint(file) for file in resolve(source)]
+    if Path(source).is_dir():
+        return [f"{file.name}:{fingerprint(file)}" for file in sorted(Path(source).iterdir()) if file.is_file()]
+    return source
+
+
+def external(folder: str | None) -> list[str] | None:
+    """Fingerprints of the description files of a store or SAE from outside the run."""
+    if folder is None:
+        return None
+    found = [f"{file.name}:{fingerprint(file)}" for file in sorted(Path(folder).glob("*.json"))]
+    if not found:
+        raise UserError(f"{folder} is not a store or an SAE folder: it holds no description (*.json); mend the path")
+    return found
+
+
+def run_stages(run: Run, stages: Mapping[str, Stage], wanted: list[str]) -> list[tuple[Stage, Record]]:
+    """Make the wanted stages in order; what is done already is only read."""
+    return [(stages[name], run.execute(stages[name], stages)) for name in wanted]

@@ -1,0 +1,232 @@
+"""Everything the report shows, read from a run directory: records, metrics, coverage, missing features, kept samples.
+
+The only module of the report that knows files. A product whose stage has not run is None or empty: the page then says
+which command makes it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+
+from fac_jax.config import Config
+from fac_jax.errors import UserError
+from fac_jax.runs import Record, read_record
+
+Row = Mapping[str, Any]
+STAGES = (
+    "activations",
+    "sae",
+    "explanations",
+    "relevance",
+    "coverage",
+    "synthesis",
+    "evaluation",
+    "selection",
+    "finetune",
+)
+"""Stages with a folder of their own name; scans lie in scans/NAME."""
+
+
+@dataclass(frozen=True)
+class Span:
+    """A piece of a document around its activating token."""
+
+    score: float
+    before: str
+    token: str
+    after: str
+
+
+@dataclass(frozen=True)
+class Missing:
+    """A relevant feature that the anchor activates and the seed does not."""
+
+    feature: int
+    anchor_peak: float
+    anchor_documents: int
+    explanation: Row
+    """Row of explanations.parquet, empty when there is none."""
+    relevance: Row
+    """Row of relevance.parquet, empty when there is none."""
+    spans: Sequence[Span]
+    """Best anchor spans."""
+    kept_peak: float | None
+    """Highest activation on kept samples; None before they are scanned."""
+
+
+@dataclass(frozen=True)
+class Kept:
+    """A kept sample with the activation that proves it."""
+
+    text: str
+    feature: int
+    """Missing feature that it is kept for."""
+    written_for: int
+    """Missing feature whose prompt it answers; not always the same."""
+    about: str | None
+    """What prompts say of the feature that it is kept for."""
+    peak: float
+    step: int
+    covers: Sequence[int]
+    """Other missing features that it activates."""
+    span: Span | None
+    """Where the feature peaks; None before the kept samples are scanned, or beyond the feature's top spans."""
+
+
+@dataclass(frozen=True)
+class RunView:
+    """A run as the report sees it."""
+
+    dir: Path
+    config: Config
+    records: Mapping[str, Record]
+    curve: Sequence[Row]
+    """Lines of metrics.jsonl."""
+    sae: Row | None
+    """The SAE's config.json."""
+    scans: Mapping[str, Row]
+    """scan.json of each data set by name."""
+    coverage: Row | None
+    missing: Sequence[Missing]
+    synthesis: Row | None
+    """Summary of the stage: what was written, rejected, kept."""
+    kept: Sequence[Kept]
+    evaluation: Row | None
+    selection: Sequence[Row] | None
+    finetune: Row | None
+
+    @property
+    def task(self) -> str:
+        """Name of the task."""
+        return self.config.judge.task
+
+    @property
+    def threshold(self) -> float:
+        """A feature is active above this."""
+        return self.config.coverage.threshold
+
+    def after(self, arm: str) -> Row | None:
+        """Coverage of seed, seed+random or seed+kept at the chosen threshold; None before it is evaluated."""
+        if self.evaluation is None:
+            return None
+        chosen, rows = self.evaluation["threshold"], self.evaluation["rows"]
+        return next((row for row in rows if row["set"] == arm and row["threshold"] == chosen), None)
+
+    def summary(self, stage: str) -> Row:
+        """Summary of a finished stage, empty for one that has not run."""
+        return self.records[stage].summary if stage in self.records else {}
+
+
+def read_view(run_dir: Path, config: Config) -> RunView:
+    """Read what there is. Raises UserError for a file that is there and cannot be read."""
+    scans = {f"scan:{folder.name}": folder for folder in sorted((run_dir / "scans").glob("*"))}
+    folders = {**scans, **{name: run_dir / name for name in STAGES}}
+    records = {name: record for name, folder in folders.items() if (record := read_record(folder)) is not None}
+    done = {name: folder for name, folder in folders.items() if name in records}
+    return RunView(
+        dir=run_dir,
+        config=config,
+        records=records,
+        curve=_lines(done["sae"] / "metrics.jsonl") if "sae" in done else [],
+        sae=_json(done["sae"] / "config.json") if "sae" in done else None,
+        scans={n.removeprefix("scan:"): _json(f / "scan.json") for n, f in done.items() if n.startswith("scan:")},
+        coverage=_json(done["coverage"] / "coverage.json") if "coverage" in done else None,
+        missing=_missing(done, config),
+        synthesis=records["synthesis"].summary if "synthesis" in done else None,
+        kept=_kept(done),
+        evaluation=_json(done["evaluation"] / "coverage.json") if "evaluation" in done else None,
+        selection=_rows(done["selection"] / "selected.parquet") if "selection" in done else None,
+        finetune=_json(done["finetune"] / "eval.json") if "finetune" in done else None,
+    )
+
+
+def _missing(done: Mapping[str, Path], config: Config) -> list[Missing]:
+    if "coverage" not in done:
+        return []
+    rows = _rows(done["coverage"] / "missing.parquet")
+    features = [row["feature"] for row in rows]
+    explained = _by_feature(done, "explanations", "explanations.parquet", features)
+    judged = _by_feature(done, "relevance", "relevance.parquet", features)
+    anchor = _by_feature(done, f"scan:{config.coverage.anchor}", "features.parquet", features)
+    kept = _by_feature(done, "scan:kept", "features.parquet", features, ["feature", "max"])
+    return [
+        Missing(
+            feature=row["feature"],
+            anchor_peak=row["anchor_peak"],
+            anchor_documents=row["anchor_documents"],
+            explanation=explained.get(row["feature"], {}),
+            relevance=judged.get(row["feature"], {}),
+            spans=[_span(span) for span in anchor.get(row["feature"], {}).get("spans", [])],
+            kept_peak=kept.get(row["feature"], {"max": 0.0})["max"] if "scan:kept" in done else None,
+        )
+        for row in rows
+    ]
+
+
+def _kept(done: Mapping[str, Path]) -> list[Kept]:
+    if "synthesis" not in done:
+        return []
+    rows = _rows(done["synthesis"] / "samples.parquet")
+    covers = {r["id"]: r["covers"] for r in _rows(done["synthesis"] / "candidates.parquet", ["id", "covers"])}
+    scanned: dict[str, str] = {}
+    if "scan:kept" in done:  # the scan knows a sample by its text: its document ids are hashes of the content
+        scanned = {r["text"]: r["id"] for r in _rows(done["scan:kept"] / "documents.parquet", ["text", "id"])}
+    of_feature = _by_feature(done, "scan:kept", "features.parquet", [row["feature"] for row in rows])
+    found = []
+    for row in rows:
+        spans = of_feature.get(row["feature"], {}).get("spans", [])
+        here = [span for span in spans if span["document_id"] == scanned.get(row["text"].strip())]
+        found.append(
+            Kept(
+                text=row["text"],
+                feature=row["feature"],
+                written_for=row["written_for"],
+                about=row["about"],
+                peak=row["peak"],
+                step=row["step"],
+                covers=[feature for feature in covers[row["id"]] if feature != row["feature"]],
+                span=_span(here[0]) if here else None,
+            )
+        )
+    return found
+
+
+def _span(row: Row) -> Span:
+    return Span(row["score"], row["before"], row["token"], row["after"])
+
+
+def _by_feature(
+    done: Mapping[str, Path], stage: str, file: str, features: Iterable[int], columns: list[str] | None = None
+) -> dict[int, Row]:
+    """Rows of a per-feature table for some features; empty when the stage has not run."""
+    if stage not in done:
+        return {}
+    rows = _rows(done[stage] / file, columns, filters=[("feature", "in", sorted(set(features)) or [-1])])
+    return {row["feature"]: row for row in rows}
+
+
+def _rows(path: Path, columns: list[str] | None = None, filters: list[tuple[str, str, Any]] | None = None) -> list[Row]:
+    try:
+        return pq.read_table(path, columns=columns, filters=filters).to_pylist()
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read ({error}); run its stage again") from None
+
+
+def _json(path: Path) -> Row:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read ({error}); run its stage again") from None
+
+
+def _lines(path: Path) -> list[Row]:
+    try:
+        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read ({error}); run its stage again") from None

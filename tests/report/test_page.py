@@ -1,0 +1,168 @@
+"""The page: safe against hostile text, independent of any network, honest about what is not there."""
+
+import base64
+import copy
+import dataclasses
+import hashlib
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+
+from fac_jax.config import load_config
+from fac_jax.report.markup import VOID_HTML
+from fac_jax.report.page import page, report
+from fac_jax.report.products import RunView, read_view
+from tests.report.sample_run import STAGES, write_run
+
+
+class Reader(HTMLParser):
+    """Tags with their attributes, text with the tags around it; fails where tags do not match."""
+
+    def __init__(self, markup: str) -> None:
+        super().__init__(convert_charrefs=True)
+        self.open: list[tuple[str, str]] = []
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.words: list[tuple[str, list[tuple[str, str]]]] = []
+        self.feed(markup)
+        self.close()
+        assert not self.open
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+        if tag not in VOID_HTML:
+            self.open.append((tag, dict(attrs).get("class") or ""))
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop()[0] == tag
+
+    def handle_data(self, data: str) -> None:
+        self.words.append((data, list(self.open)))
+
+    def text(self) -> str:
+        return " ".join(words for words, around in self.words if ("style", "") not in around)
+
+
+def test_hostile_text_stays_text(hostile_run: Path, hostile: str) -> None:
+    markup = page(read_view(hostile_run, load_config(hostile_run / "config.yaml")))
+    read = Reader(markup)
+    names = {name for name, _ in read.tags}
+    assert not names & {"script", "img", "iframe", "object", "link", "base", "form"}
+    assert sum(name == "style" for name, _ in read.tags) == sum(name == "main" for name, _ in read.tags) == 1
+    assert not [key for _, attributes in read.tags for key in attributes if key.startswith("on")]
+    assert "<script>alert(1)</script>" in read.text()  # shown, as text
+    assert "\x1b" not in markup and "\u202e" not in markup
+
+
+def test_nothing_is_loaded_from_anywhere(view: RunView) -> None:
+    markup = page(view)
+    for _, attributes in Reader(markup).tags:
+        assert "src" not in attributes
+        assert attributes.get("href", "#").startswith("#")  # type: ignore[union-attr]
+    assert not re.search(r"url\(|@import|https?://(?!127)", markup)
+
+
+def test_the_policy_allows_this_style_and_nothing_else(view: RunView) -> None:
+    markup = page(view)
+    style = re.search(r"<style>(.*?)</style>", markup, re.S)
+    policy = next(a["content"] for _, a in Reader(markup).tags if a.get("http-equiv") == "Content-Security-Policy")
+    assert style is not None and policy is not None
+    digest = base64.b64encode(hashlib.sha256(style[1].encode()).digest()).decode()
+    assert policy.startswith(f"default-src 'none'; style-src 'sha256-{digest}';")
+    assert " style=" not in markup  # inline styles would be refused
+
+
+def test_every_passage_and_sample_is_veiled(tmp_path: Path) -> None:
+    """Explanations name tokens and prompts in plain sight; whole passages never stand there."""
+    write_run(tmp_path / "run")
+    view = read_view(tmp_path / "run", load_config(tmp_path / "run/config.yaml"))
+    passages = {part for item in view.missing for s in item.spans for part in (s.before, s.after)}
+    passages |= {sample.text for sample in view.kept} | {row["text"] for row in view.selection or []}
+    shown = 0
+    for words, around in Reader(page(view)).words:
+        if any(passage and passage.strip() in words for passage in passages):
+            shown += 1
+            assert ("label", "veil") in around
+    assert shown > 2 * len(view.missing)
+
+
+def test_every_veil_can_be_lifted_from_the_keyboard(view: RunView) -> None:
+    tags = Reader(page(view)).tags
+    for place, (name, attributes) in enumerate(tags):
+        if name == "label" and attributes.get("class") == "veil":
+            following, given = tags[place + 1]
+            assert (following, given["type"]) == ("input", "checkbox") and given["aria-label"]
+
+
+def test_key_numbers_and_methods_are_on_the_page(view: RunView) -> None:
+    words = Reader(page(view)).text()
+    for expected in (
+        "23 of 59",
+        "61.0% → 76.5%",
+        "47.8%",
+        "0.604 ± 0.012",
+        "203,411 rows",
+        "embedded",
+        "0.261",
+        "K = 32",
+    ):
+        assert expected in words, expected
+
+
+@pytest.mark.parametrize(
+    ("upto", "command"),
+    [
+        ("activations", "fac train CONFIG"),
+        ("sae", "fac scan CONFIG"),
+        ("relevance", "fac coverage CONFIG"),
+        ("coverage", "fac synthesize CONFIG"),
+        ("synthesis", "fac evaluate CONFIG"),
+        ("evaluation", "fac select CONFIG"),
+        ("selection", "fac finetune CONFIG"),
+    ],
+)
+def test_what_has_not_run_is_named_with_its_command(tmp_path: Path, upto: str, command: str) -> None:
+    config = write_run(tmp_path / "run", upto=upto)
+    assert command in Reader(page(read_view(tmp_path / "run", config))).text()
+
+
+@pytest.mark.parametrize("upto", STAGES)
+def test_every_partial_run_has_a_page(tmp_path: Path, upto: str) -> None:
+    config = write_run(tmp_path / "run", upto=upto, features=3)
+    Reader(page(read_view(tmp_path / "run", config)))
+
+
+def test_arms_at_chance_are_named(view: RunView) -> None:
+    finetune = copy.deepcopy(view.finetune)
+    assert finetune is not None
+    finetune["arms"]["seed"]["auprc"]["mean"] = 0.4
+    words = Reader(page(dataclasses.replace(view, finetune=finetune))).text()
+    assert "No better than a random scorer (0.510): seed." in words
+    assert "No better than a random scorer" not in Reader(page(view)).text()
+
+
+def test_nothing_missing_and_nothing_kept_is_a_page_too(tmp_path: Path) -> None:
+    config = write_run(tmp_path / "run", features=0)
+    words = Reader(page(read_view(tmp_path / "run", config))).text()
+    assert "None: the seed set activates all" in words and "No generation passed the filter" in words
+
+
+def test_many_features_are_folded_and_then_left_to_the_product(tmp_path: Path) -> None:
+    config = write_run(tmp_path / "run", features=330)
+    words = Reader(page(read_view(tmp_path / "run", config))).text()
+    assert "280 more missing features" in words and "30 more are in" in words
+
+
+def test_the_stage_writes_the_same_page_again(tmp_path: Path) -> None:
+    config = write_run(tmp_path / "run")
+    out = tmp_path / "run/report"
+    out.mkdir()
+    found = report(config, out, {})
+    first = (out / "index.html").read_bytes()
+    report(config, out, {})
+    assert (out / "index.html").read_bytes() == first
+    assert found["page"] == "index.html" and len(found["findings"]) == 3

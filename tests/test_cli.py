@@ -1,0 +1,109 @@
+"""The command line as a newcomer meets it: help, typos, and errors that end in a line and not in a traceback."""
+
+from __future__ import annotations
+
+import errno
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from fac_jax import cli
+from fac_jax.config import Config
+
+ROOT = Path(__file__).parent.parent
+QUICKSTART = str(ROOT / "configs/quickstart.yaml")
+
+
+def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
+    try:
+        status = cli.main(list(arguments))
+    except SystemExit as exit_:  # tyro's own way to end after help and usage errors
+        status = int(exit_.code or 0)
+    captured = capsys.readouterr()
+    return status, captured.out, captured.err
+
+
+def test_help_lists_every_verb_and_where_to_begin(capsys: pytest.CaptureFixture[str]) -> None:
+    status, out, _ = run(capsys, "--help")
+    assert status == 0 and all(f"  {verb} " in out for verb in cli.VERBS) and "configs/quickstart.yaml" in out
+
+
+def test_a_mistyped_verb_or_flag_suggests_the_right_one(capsys: pytest.CaptureFixture[str]) -> None:
+    status, _, err = run(capsys, "harvst", QUICKSTART)
+    assert status == 2 and "did you mean 'harvest'" in err
+    status, out, err = run(capsys, "train", QUICKSTART, "--sae.featurs", "9")
+    assert status == 2 and "--sae.features" in out + err
+    status, _, err = run(capsys, "train")
+    assert status == 2 and "usage: fac train CONFIG" in err
+
+
+@pytest.mark.parametrize("verb", list(cli.VERBS))
+def test_every_verb_documents_every_field_of_its_sections(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
+    status, out, _ = run(capsys, verb, "--help")
+    assert status == 0
+    for section in cli.VERBS[verb].sections:
+        if section == "data":
+            continue
+        for field in vars(getattr(Config(), section)):
+            assert f"--{section}.{field.replace('_', '-')}" in out, f"{section}.{field} is not documented"
+
+
+def test_a_stage_without_its_inputs_names_the_command_that_makes_them(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    status, _, err = run(capsys, "train", QUICKSTART, "--run.dir", str(tmp_path / "run"))
+    assert status == 1 and "not made yet: run `fac harvest CONFIG` first" in " ".join(err.split())
+    assert "Traceback" not in err
+
+
+def test_a_missing_model_and_a_missing_corpus_are_named(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    common = ("harvest", QUICKSTART, "--run.dir", str(tmp_path))
+    status, _, err = run(capsys, *common, "--backbone.model", "pkg://no_such_package/m.gguf")
+    assert status == 1 and "'no_such_package' is not installed" in " ".join(err.split())
+    status, _, err = run(capsys, *common, "--data.chat.sources.0.path", str(tmp_path / "gone.jsonl"))
+    assert status == 1 and "gone.jsonl: no such file" in " ".join(err.split())
+
+
+def test_on_bad_row_reaches_every_data_set_and_is_checked(capsys: pytest.CaptureFixture[str]) -> None:
+    config = cli._parse("run", cli.VERBS["run"], QUICKSTART, [], "skip")
+    assert {data.on_bad_row for data in config.data.values()} == {"skip"}
+    status, _, err = run(capsys, "run", QUICKSTART, "--on-bad-row", "skp")
+    assert status == 1 and "choose stop or skip" in err
+    status, _, err = run(capsys, "run", QUICKSTART, "--on-bad-row")
+    assert status == 1 and "--on-bad-row needs a value" in err
+
+
+def test_status_of_an_untouched_run_says_what_to_call(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    status, out, _ = run(capsys, "status", QUICKSTART, "--run.dir", str(tmp_path))
+    assert status == 0 and "absent" in out and "fac harvest" in out
+
+
+def test_a_full_disk_is_said_in_a_line(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(arguments: list[str]) -> int:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "shard")
+
+    monkeypatch.setattr(cli, "_dispatch", full)
+    status, _, err = run(capsys, "run", QUICKSTART)
+    assert status == 1 and "the disk is full at shard; free space and run the same command again" in err
+
+
+def test_ctrl_c_says_how_to_go_on(tmp_path: Path) -> None:
+    """A real SIGINT to a real process, sent while the harvest is at work."""
+    command = [sys.executable, "-m", "fac_jax.cli", "harvest", QUICKSTART, "--run.dir", str(tmp_path)]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=ROOT) as process:
+        while not (tmp_path / "activations" / "stage.partial.json").exists():
+            assert process.poll() is None
+        process.send_signal(signal.SIGINT)
+        _, err = process.communicate(timeout=120)
+    assert process.returncode == 130 and "the same command goes on from it" in err and "Traceback" not in err
+
+
+def test_doctor_finds_what_to_mend(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    status, out, _ = run(capsys, "doctor", QUICKSTART, "--run.dir", str(tmp_path))
+    assert status == 0 and "data.anchor: 13 files" in out and "mend" not in out
+    status, out, err = run(capsys, "doctor", QUICKSTART, "--llm.url", "http://127.0.0.1:9/v1", "--mesh.feature", "64")
+    assert status == 1 and "2 of the checks" in err and "needs 64 devices" in out and "http://127.0.0.1:9/v1" in out

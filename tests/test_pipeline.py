@@ -1,0 +1,100 @@
+"""The whole loop on the real model and real text, small: done once, killed and continued, and changed in one place."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from fac_jax.config import load_config
+from fac_jax.pipeline import pipeline
+from fac_jax.runs import RECORD, Record, read_record
+
+ROOT = Path(__file__).parent.parent
+SMALL = (
+    "--backbone.layer 4 --harvest.tokens 6000 --harvest.shard-rows 2048 --data.chat.max-tokens 96"
+    " --data.anchor.max-tokens 96 --data.anchor.sources.2.limit 40 --data.anchor.sample 0.4 --data.seed.sample 0.04"
+    " --data.seed.max-tokens 96 --data.seed.sources.2.limit 10 --sae.features 512 --sae.k 8 --train.steps 40"
+    " --train.batch-rows 512 --train.k-start 16 --train.anneal-steps 10 --train.checkpoint-every 10"
+    " --coverage.threshold 0 --synthesize.max-features 2 --synthesize.candidates 2 --synthesize.second-step 1"
+    " --synthesize.max-new-tokens 24 --judge.false-discovery-rate 0.2"
+).split()
+
+
+def command(folder: Path, *more: str) -> list[str]:
+    quickstart = str(ROOT / "configs/quickstart.yaml")
+    return [sys.executable, "-m", "fac_jax.cli", "run", quickstart, "--run.dir", str(folder), *SMALL, *more]
+
+
+def environment() -> dict[str, str]:
+    """One device, as on a laptop: eight fake ones would share two cores."""
+    return {**os.environ, "XLA_FLAGS": ""}
+
+
+def records(folder: Path) -> dict[str, Record]:
+    found = (read_record(path.parent) for path in folder.rglob(RECORD) if "superseded" not in path.parts)
+    return {record.stage: record for record in found if record is not None}
+
+
+def bytes_of(folder: Path) -> dict[str, bytes]:
+    """Products that hold no time of day and no duration."""
+    kinds = (
+        "activations/**/c/*/*",
+        "sae/sae.safetensors",
+        "scans/*/*.parquet",
+        "coverage/*.parquet",
+        "synthesis/*.parquet",
+    )
+    return {str(p.relative_to(folder)): p.read_bytes() for kind in kinds for p in folder.glob(kind) if p.is_file()}
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("undisturbed") / "run"
+    done = subprocess.run(command(folder), env=environment(), capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "report:" in done.stdout
+    return folder
+
+
+def test_every_stage_is_done_and_the_report_is_there(undisturbed: Path) -> None:
+    stages = pipeline(load_config(undisturbed / "config.yaml"))
+    assert set(records(undisturbed)) == set(stages)
+    page = (undisturbed / "report/index.html").read_text()
+    assert "<script" not in page and 'src="http' not in page and len(page) > 10_000
+    coverage = json.loads((undisturbed / "evaluation/coverage.json").read_text())
+    by_set = {row["set"]: row["fac"] for row in coverage["rows"] if row["threshold"] == 0}
+    assert by_set["seed"] <= by_set["seed+kept"] <= 1 and by_set["seed"] <= by_set["seed+random"] <= 1
+
+
+def test_run_again_does_nothing_and_another_threshold_only_what_follows(undisturbed: Path) -> None:
+    before = records(undisturbed)
+    subprocess.run(command(undisturbed), env=environment(), check=True, capture_output=True, timeout=120)
+    assert records(undisturbed) == before
+    more = ("--coverage.sweep", "0", "5")
+    subprocess.run(command(undisturbed, *more), env=environment(), check=True, capture_output=True, timeout=120)
+    after = records(undisturbed)
+    remade = {name for name in after if after[name] != before[name]}
+    assert remade == {"coverage", "evaluation", "report"}  # the missing features stayed the same, so synthesis did too
+
+
+def test_killed_again_and_again_it_ends_with_the_same_bytes(undisturbed: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    waits_for = ("activations/records/p0000/000000.json", "sae/checkpoints/10", "synthesis/generations.jsonl")
+    for sign in waits_for:
+        with subprocess.Popen(command(folder), env=environment(), stderr=subprocess.DEVNULL) as process:
+            deadline = time.monotonic() + 200
+            while not (folder / sign).exists():
+                assert process.poll() is None and time.monotonic() < deadline, f"never came to {sign}"
+                time.sleep(0.02)
+            process.send_signal(signal.SIGKILL)
+    done = subprocess.run(command(folder), env=environment(), capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stderr[-3000:]
+    expected, found = bytes_of(undisturbed), bytes_of(folder)
+    assert expected and {name for name in expected if expected[name] != found.get(name)} == set()
