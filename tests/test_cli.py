@@ -104,6 +104,6 @@ def test_ctrl_c_says_how_to_go_on(tmp_path: Path) -> None:
 
 def test_doctor_finds_what_to_mend(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     status, out, _ = run(capsys, "doctor", QUICKSTART, "--run.dir", str(tmp_path))
-    assert status == 0 and "data.anchor: 13 files" in out and "mend" not in out
+    assert status == 0 and "data.anchor: 13 files" in out and "mend " not in out
     status, out, err = run(capsys, "doctor", QUICKSTART, "--llm.url", "http://127.0.0.1:9/v1", "--mesh.feature", "64")
     assert status == 1 and "2 of the checks" in err and "needs 64 devices" in out and "http://127.0.0.1:9/v1" in out

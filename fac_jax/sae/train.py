@@ -109,13 +109,13 @@ def fit(
         train_step = make_train_step(problem, mesh)
         compiled: float | None = None
         waiting: deque[tuple[int, Metrics, Rows]] = deque()
-        with progress("train", total=settings.steps - first, unit="steps") as bar:
+        with progress("train", (settings.steps - first) * settings.batch_rows, "tokens") as bar:
             for step, rows in _until(settings.steps, first, rows_from):
                 state, metrics = train_step(state, to_device(rows, problem, mesh))
                 waiting.append((step, metrics, rows))
                 save = (step + 1) % settings.checkpoint_every == 0 or step + 1 == settings.steps
                 while len(waiting) > (0 if save else 1):
-                    bar.advance(1, _settle(*waiting.popleft(), log, problem))
+                    bar.advance(settings.batch_rows, _settle(*waiting.popleft(), log, problem))
                     compiled = compiled or time.monotonic()
                 if save:
                     save_state(checkpoints, step + 1, state)
