@@ -108,8 +108,8 @@ class RunView:
 
     @property
     def threshold(self) -> float:
-        """A feature is active above this."""
-        return self.config.coverage.threshold
+        """A feature is active above this: the coverage that is shown was measured with it, whatever is asked now."""
+        return self.coverage["threshold"] if self.coverage else self.config.coverage.threshold
 
     def after(self, arm: str) -> Row | None:
         """Coverage of seed, seed+random or seed+kept at the chosen threshold; None before it is evaluated."""

@@ -166,3 +166,10 @@ def test_the_stage_writes_the_same_page_again(tmp_path: Path) -> None:
     report(config, out, {})
     assert (out / "index.html").read_bytes() == first
     assert found["page"] == "index.html" and len(found["findings"]) == 3
+
+
+def test_a_page_asked_for_with_another_threshold_shows_what_was_measured(tmp_path: Path) -> None:
+    config = write_run(tmp_path / "run")
+    other = dataclasses.replace(config, coverage=dataclasses.replace(config.coverage, threshold=123.0))
+    moved = read_view(tmp_path / "run", other)
+    assert moved.threshold == config.coverage.threshold and "threshold 123" not in Reader(page(moved)).text()
