@@ -25,6 +25,7 @@ from transformers import PreTrainedTokenizerFast
 from fac_jax.backbone.weights import Loaded
 from fac_jax.features.statistics import auroc_of_counts
 from fac_jax.mesh import DATA
+from fac_jax.progress import progress
 from fac_jax.sae.checkpoint import LoadedSae
 from fac_jax.sae.topk import top_k
 from fac_jax.scan.scan import Scan
@@ -133,7 +134,11 @@ def promotes(loaded: Loaded, sae: LoadedSae, limit: int = PROMOTED) -> Int[np.nd
     padded = np.zeros((-(-len(w_fd) // rows) * rows, w_fd.shape[1]), np.float32)
     padded[: len(w_fd)] = w_fd
     blocks = padded.reshape(-1, shards, step, w_fd.shape[1])
-    best = [np.asarray(_best(logits_of(block), limit)).reshape(rows, limit) for block in blocks]
+    best = []
+    with progress("explain", len(w_fd), "features") as bar:
+        for block in blocks:
+            best.append(np.asarray(_best(logits_of(block), limit)).reshape(rows, limit))
+            bar.advance(rows)
     return np.concatenate(best)[: len(w_fd)]
 
 
