@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import errno
 import logging
+import os
 import sys
 import typing
 from collections.abc import Callable
@@ -39,6 +40,7 @@ class Verb:
 def main(arguments: list[str] | None = None) -> int:
     """Entry point of `fac`; returns the exit status (0 done, 1 error the user can mend, 2 usage, 130 Ctrl-C)."""
     arguments = sys.argv[1:] if arguments is None else arguments
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # it would say that torch is missing: not needed
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     for noisy in ("absl", "jax", "httpx", "orbax", "transformers"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
