@@ -230,6 +230,21 @@ def writing(path: Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
+def whole_lines(path: Path) -> list[bytes]:
+    """Lines of a log that is appended to, none when there is no log yet.
+
+    A last line that a kill cut short is taken off the file, so that the next one starts on its own.
+    """
+    if not path.exists():
+        return []
+    content = path.read_bytes()
+    whole = content[: content.rfind(b"\n") + 1]
+    if len(whole) < len(content):
+        with open(path, "r+b") as file:
+            file.truncate(len(whole))
+    return whole.splitlines()
+
+
 def file_digest(path: Path) -> str:
     """SHA-256 (16 hex digits) of a file's bytes."""
     with open(path, "rb") as file:

@@ -2,7 +2,7 @@
 
 Reads `config.json` (and `generation_config.json` beside it) of a Llama, Qwen2 or Mistral model in either of the two
 forms Hugging Face has written (`rope_theta` at the top level, or inside `rope_parameters`); GGUF metadata becomes the
-same mapping in `gguf_source.py`. Writes nothing.
+same mapping in `gguf_file.py`. Writes nothing.
 """
 
 import json

@@ -28,13 +28,14 @@ import pyarrow.parquet as pq
 from jaxtyping import Bool, Float
 
 from fac_jax.backbone.weights import Loaded, load_backbone
-from fac_jax.config import Config, DataSet, Source
+from fac_jax.config import Config, DataSet
 from fac_jax.downstream.evaluate import auprc, auroc, paired_bootstrap, spread
 from fac_jax.downstream.head import fit
 from fac_jax.downstream.pool import pooled_residuals
 from fac_jax.errors import UserError
 from fac_jax.mesh import make_mesh
 from fac_jax.runs import write_text, writing
+from fac_jax.scan.scan import written_dataset
 from fac_jax.text import Document, read_documents
 
 POSITIVE_ABOVE = 0.5
@@ -108,16 +109,10 @@ def check_disjoint(training: Sequence[str], heldout: Sequence[str], arm: str, na
 
 def _datasets(config: Config, synthesis: Path) -> dict[str, DataSet]:
     """Where each group of documents comes from; the synthetic files are data sets like any other."""
-    seed = config.dataset(config.coverage.seed)
-
-    def generated(name: str) -> DataSet:
-        source = Source(path=str(synthesis / f"{name}.jsonl"), format="jsonl", text="text", label="label")
-        return DataSet(sources=(source,), max_tokens=seed.max_tokens)
-
     return {
-        "seed": seed,
-        "random": generated("random"),
-        "kept": generated("kept"),
+        "seed": config.dataset(config.coverage.seed),
+        "random": written_dataset(config, synthesis, "random"),
+        "kept": written_dataset(config, synthesis, "kept"),
         "anchor": config.dataset(config.coverage.anchor),
         "heldout": config.dataset(config.finetune.heldout),
     }

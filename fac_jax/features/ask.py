@@ -18,6 +18,7 @@ from typing import Any
 from fac_jax.llm.client import Generator, Reply, Request
 from fac_jax.plain import digest
 from fac_jax.progress import progress
+from fac_jax.runs import whole_lines
 
 MAX_TOKENS = 300  # of a reply: one short JSON object
 
@@ -106,13 +107,6 @@ def _violation(value: Any, schema: Mapping[str, Any]) -> str | None:
 
 
 def _read_log(log: Path) -> dict[str, dict[str, Any]]:
-    """Replies by mark. A last line that a kill cut short is removed, so that the next one starts on its own."""
-    if not log.exists():
-        return {}
-    content = log.read_bytes()
-    whole = content[: content.rfind(b"\n") + 1]
-    if len(whole) < len(content):
-        with open(log, "r+b") as file:
-            file.truncate(len(whole))
-    replies = (json.loads(line) for line in whole.decode("ascii").splitlines())
+    """Replies by mark."""
+    replies = (json.loads(line) for line in whole_lines(log))
     return {reply["mark"]: reply for reply in replies}

@@ -6,7 +6,7 @@ Reads a data set, the backbone below the SAE's layer, and an SAE folder. Writes 
 - `features.parquet`: one row per feature: maximum, documents and tokens on which it is active, histogram, top spans;
 - `scan.json`, last: what it was made with (scans of different SAEs are never compared), counts, histogram edges.
 Scan once, ask many times: everything after this stage is arithmetic over these files. A pass that was killed goes on
-behind its last committed piece (`scan_parts.py`).
+behind its last committed piece (`parts.py`).
 """
 
 from __future__ import annotations

@@ -19,7 +19,7 @@ from fac_jax.errors import UserError
 from fac_jax.llm.client import Generator, Message, Reply, Request
 from fac_jax.plain import digest
 from fac_jax.progress import progress
-from fac_jax.runs import write_text
+from fac_jax.runs import whole_lines, write_text
 
 
 @dataclass(frozen=True)
@@ -113,15 +113,8 @@ def read_log(log: Path) -> list[Generation]:
 
     Raises UserError for any other line that cannot be read.
     """
-    if not log.exists():
-        return []
-    content = log.read_bytes()
-    whole = content[: content.rfind(b"\n") + 1]
-    if len(whole) < len(content):
-        with open(log, "r+b") as file:
-            file.truncate(len(whole))
     found = []
-    for number, line in enumerate(whole.splitlines(), 1):
+    for number, line in enumerate(whole_lines(log), 1):
         try:
             found.append(Generation(**json.loads(line)))
         except (ValueError, TypeError) as error:
