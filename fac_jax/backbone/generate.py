@@ -36,14 +36,13 @@ def generate(
     seeds: Sequence[int],
     batch: int,
     stop_ids: Collection[int],
-    on_tokens: Callable[[int], None] | None = None,
     on_done: Callable[[int, list[int]], None] | None = None,
 ) -> list[list[int]]:
     """Continue every prompt; the answer lists new tokens only, in the order of `prompts`, without the stop token.
 
     A continuation shorter than `max_new_tokens` was ended by one of `stop_ids`. Temperature 0 takes the most probable
-    token. `seeds` (one a prompt, taken modulo 2^32) fix the sampling; `batch` slots decode together. `on_tokens` is
-    told how many tokens each stretch of decoding made, `on_done` each continuation as it ends.
+    token. `seeds` (one a prompt, taken modulo 2^32) fix the sampling; `batch` slots decode together; `on_done`
+    is told each continuation as it ends.
 
     Raises UserError for a backbone loaded only in part, an empty prompt, an id outside the vocabulary, lists of
     different lengths, settings out of range, and a prompt that does not leave room for `max_new_tokens`.
@@ -71,11 +70,8 @@ def generate(
                 _seat(rows, slot, prompts[request], max_new_tokens, seeds[request])
                 owner[slot], left = request, left - 1
         keep = slots - max(1, slots // 4) if left else 0
-        before = int(rows.index_b.sum())
         cache, out = decoder.decode(cache, rows, sampling, keep, temperature == 0)
         rows = Rows(*(np.array(value) for value in out))
-        if on_tokens is not None:
-            on_tokens(int(rows.index_b.sum()) - before)
         for slot, served in enumerate(owner):
             if served is not None and rows.done_b[slot]:
                 answers[served], owner[slot] = _continuation(rows, slot, stop_ids), None
