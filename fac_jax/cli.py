@@ -151,12 +151,12 @@ def _run(config: Config, verb: str, options: dict[str, str]) -> None:
 
 def _stage(config: Config, verb: str, options: dict[str, str]) -> None:
     """The stages that carry the verb's name."""
-    from fac_jax.pipeline import pipeline, run_stages, scan_stage
+    from fac_jax.pipeline import pipeline, run_stages, scan_stage, scanned
 
     stages = pipeline(config)
     wanted = [name for name, stage in stages.items() if stage.verb == verb]
     if verb == "scan":
-        names = [options["data"]] if "data" in options else [config.coverage.anchor, config.coverage.seed]
+        names = [options["data"]] if "data" in options else scanned(config)
         stages.update({f"scan:{name}": scan_stage(config, name) for name in names if f"scan:{name}" not in stages})
         wanted = [f"scan:{name}" for name in names]
     with Run(config) as run:
@@ -215,7 +215,7 @@ OPTIONS = {
     "run": {"on-bad-row": "stop|skip: what a malformed corpus row does, in every data set"},
     "harvest": {"on-bad-row": "stop|skip: what a malformed corpus row does, in every data set"},
     "scan": {
-        "data": "NAME: the data set to scan (default: the anchor and the seed set)",
+        "data": "NAME: the data set to scan (default: the anchor, the seed and the held-out set)",
         "on-bad-row": "stop|skip: what a malformed corpus row does, in every data set",
     },
     "convert": {"to": "FOLDER: the Hugging Face directory to write"},

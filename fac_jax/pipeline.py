@@ -44,7 +44,7 @@ def pipeline(config: Config) -> dict[str, Stage]:
         store = () if config.train.store else ("activations",)
         stages.append(Stage("sae", "sae", "train", train, _train_settings(config), store))
     stages += [
-        *(scan_stage(config, name) for name in dict.fromkeys((config.coverage.anchor, config.coverage.seed))),
+        *(scan_stage(config, name) for name in scanned(config)),
         Stage(
             *("explanations", "explanations", "explain", explain, _explain_settings(config)),
             (*_sae_input(config), anchor),
@@ -67,10 +67,18 @@ def pipeline(config: Config) -> dict[str, Stage]:
             *("selection", "selection", "select", select, {"threshold": config.coverage.threshold}),
             (anchor, "coverage/missing.parquet"),
         ),
-        Stage("finetune", "finetune", "finetune", finetune, _finetune_settings(config), ("synthesis",)),
+        Stage(
+            *("finetune", "finetune", "finetune", finetune, {"finetune": config.finetune}),
+            (anchor, seed, f"scan:{config.finetune.heldout}", "scan:kept", "scan:random"),
+        ),
     ]
     stages.append(Stage("report", "report", "report", report, {}, tuple(stage.name for stage in stages)))
     return {stage.name: stage for stage in stages}
+
+
+def scanned(config: Config) -> list[str]:
+    """The data sets of the config that a run scans."""
+    return list(dict.fromkeys((config.coverage.anchor, config.coverage.seed, config.finetune.heldout)))
 
 
 def scan_stage(config: Config, name: str) -> Stage:
@@ -120,12 +128,6 @@ def _judge_settings(config: Config) -> dict[str, Any]:
 def _synthesis_settings(config: Config) -> dict[str, Any]:
     settings = {"synthesize": config.synthesize, "threshold": config.coverage.threshold, "acts": config.scan.acts}
     return {**settings, **_backbone(config), "sae": external(config.scan.sae), "writer": _writer(config)}
-
-
-def _finetune_settings(config: Config) -> dict[str, Any]:
-    names = (config.finetune.heldout, config.coverage.seed, config.coverage.anchor)
-    data = [data_fingerprint(config, name) for name in names]
-    return {"finetune": config.finetune, **_backbone(config), "data": data}
 
 
 def data_fingerprint(config: Config, name: str) -> dict[str, Any]:

@@ -5,9 +5,8 @@ residual of a document's content tokens. Arms differ only in the documents added
 as many generations as `seed+kept`, so what the SAE filter adds is the difference between these two. `anchor` (every
 labelled anchor document) is an upper reference: what real data would have given.
 
-Reads the labelled documents of the seed, anchor and held-out data sets, and synthesis/{kept,random}.jsonl. Writes
-finetune/eval.json (metrics per arm and seed), finetune/predictions.parquet (the scores behind them) and
-finetune/features/*.npz (pooled residuals; an interrupted run reuses them).
+Reads labels and mean residuals from the scans of the seed, the anchor, the held-out set and what synthesis wrote: no
+backbone runs. Writes finetune/eval.json (metrics per arm and seed) and finetune/predictions.parquet (their scores).
 
 Held-out documents are scored once, after the last step: nothing is tuned on them and there is no early stopping.
 """
@@ -16,9 +15,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -27,16 +25,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from jaxtyping import Bool, Float
 
-from fac_jax.backbone.weights import Loaded, load_backbone
-from fac_jax.config import Config, DataSet
+from fac_jax.config import Config
 from fac_jax.downstream.evaluate import auprc, auroc, paired_bootstrap, spread
 from fac_jax.downstream.head import fit
-from fac_jax.downstream.pool import pooled_residuals
 from fac_jax.errors import UserError
-from fac_jax.mesh import make_mesh
 from fac_jax.runs import write_text, writing
-from fac_jax.scan.scan import written_dataset
-from fac_jax.text import Document, read_documents
+from fac_jax.scan.scan import Scan, load_scans
 
 POSITIVE_ABOVE = 0.5
 """A document whose label exceeds this is positive."""
@@ -73,7 +67,9 @@ def finetune(config: Config, out: Path, inputs: Mapping[str, Path]) -> dict[str,
     Raises UserError when a held-out document is in a training arm, when the held-out set lacks labels or a class, or
     when no arm can be trained. An arm without documents of both classes is reported as not trained, with the reason.
     """
-    examples = _examples(config, _datasets(config, inputs["synthesis"]), out / "features")
+    names = _scans(config)
+    scans = load_scans(*(inputs[scan] for scan in names.values()))
+    examples = {name: _examples(scan) for name, scan in zip(names, scans, strict=True)}
     heldout = examples.pop("heldout")
     if heldout is None or not heldout.has_both_classes:
         raise UserError(
@@ -107,59 +103,28 @@ def check_disjoint(training: Sequence[str], heldout: Sequence[str], arm: str, na
         )
 
 
-def _datasets(config: Config, synthesis: Path) -> dict[str, DataSet]:
-    """Where each group of documents comes from; the synthetic files are data sets like any other."""
-    return {
-        "seed": config.dataset(config.coverage.seed),
-        "random": written_dataset(config, synthesis, "random"),
-        "kept": written_dataset(config, synthesis, "kept"),
-        "anchor": config.dataset(config.coverage.anchor),
-        "heldout": config.dataset(config.finetune.heldout),
-    }
+def _scans(config: Config) -> dict[str, str]:
+    """The scan of each group of documents."""
+    names = {"seed": config.coverage.seed, "anchor": config.coverage.anchor, "heldout": config.finetune.heldout}
+    return {group: f"scan:{name}" for group, name in {**names, "random": "random", "kept": "kept"}.items()}
 
 
-def _examples(config: Config, datasets: Mapping[str, DataSet], folder: Path) -> dict[str, Examples | None]:
-    """Labelled documents of each group with their features; None for a group without any."""
-    folder.mkdir(parents=True, exist_ok=True)
+def _examples(scan: Scan) -> Examples | None:
+    """Labelled documents of a scan; None where there is none.
 
-    @cache  # the backbone is loaded once, and not at all when every group's features are there
-    def backbone() -> Loaded:
-        return load_backbone(
-            config.backbone.model, config.backbone.layer, config.backbone.dtype, make_mesh(config.mesh)
+    Raises UserError for one without a content token: it has no residual to be judged by.
+    """
+    rows = np.flatnonzero(~np.isnan(scan.labels_n))
+    if not len(rows):
+        return None
+    silent = rows[scan.content_tokens_n[rows] == 0]
+    if len(silent):
+        source = scan.documents("source")["source"][int(silent[0])]
+        raise UserError(
+            f"{len(silent)} labelled documents of data set {scan.identity.name!r} have no content token, the first is "
+            f"{scan.ids_n[silent[0]]} ({source}); raise the data set's max_tokens or leave them out"
         )
-
-    examples: dict[str, Examples | None] = {}
-    for name, dataset in datasets.items():
-        documents = _labelled(name, dataset)
-        if documents:
-            x_nd = _features(folder / f"{name}.npz", documents, config, dataset.max_tokens, backbone)
-            positive_n = np.array([d.label is not None and d.label > POSITIVE_ABOVE for d in documents])
-            examples[name] = Examples(tuple(d.id for d in documents), x_nd, positive_n)
-        else:
-            examples[name] = None
-    return examples
-
-
-def _labelled(name: str, dataset: DataSet) -> list[Document]:
-    """Documents with a label. A synthesis that kept nothing leaves an empty file, which is no documents."""
-    if name in ("kept", "random") and Path(dataset.sources[0].path).stat().st_size == 0:
-        return []
-    return [document for document in read_documents(dataset, name) if document.label is not None]
-
-
-def _features(
-    path: Path, documents: Sequence[Document], config: Config, max_tokens: int, backbone: Callable[[], Loaded]
-) -> Float[np.ndarray, "n d"]:
-    """Pooled residuals of `documents`, from `path` when it holds those of the same documents in the same order."""
-    ids = np.array([document.id for document in documents])
-    if path.exists():
-        with np.load(path, allow_pickle=False) as kept:
-            if np.array_equal(kept["ids"], ids):
-                return kept["x_nd"]
-    x_nd = pooled_residuals(documents, backbone(), config.backbone, max_tokens, f"finetune {path.stem}")
-    with writing(path) as temporary, temporary.open("wb") as file:  # given a name, numpy would add an ending to it
-        np.savez(file, ids=ids, x_nd=x_nd)
-    return x_nd
+    return Examples(tuple(scan.ids_n[rows].tolist()), scan.mean_residuals()[rows], scan.labels_n[rows] > POSITIVE_ABOVE)
 
 
 def _arms(examples: Mapping[str, Examples | None]) -> dict[str, Examples]:

@@ -35,7 +35,7 @@ DOCUMENTS = pa.schema(
         "index": pa.int64(), "id": pa.string(), "label": pa.float32(), "source": pa.string(),
         "turns": pa.list_(pa.struct({"role": pa.string(), "content": pa.string()})), "text": pa.string(),
         "tokens": pa.int32(), "content_tokens": pa.int32(),
-        "token_ids": pa.list_(pa.int32()), "content": pa.list_(pa.bool_()),
+        "token_ids": pa.list_(pa.int32()), "content": pa.list_(pa.bool_()), "mean_residual": pa.list_(pa.float32()),
     }
 )  # fmt: skip
 PEAKS = pa.schema(
@@ -132,21 +132,25 @@ def commit(out: Path, scored: Sequence[tuple[PackedBatch, BatchPeaks]]) -> None:
     folder = out / "parts" / f"{first:012d}-{last.first + len(last.documents):012d}"
     temporary = folder.with_name(f".{folder.name}")
     temporary.mkdir()
-    documents = [document_row(batch.first + i, d) for batch, _ in scored for i, d in enumerate(batch.documents)]
+    documents = [
+        document_row(batch.first + i, encoded, mean_d)
+        for batch, found in scored
+        for i, (encoded, mean_d) in enumerate(zip(batch.documents, found.mean_nd, strict=True))
+    ]
     pq.write_table(pa.Table.from_pylist(documents, DOCUMENTS), temporary / "documents.parquet")
     pq.write_table(pa.concat_tables([peak_rows(*one) for one in scored]), temporary / "peaks.parquet")
     np.save(temporary / "tokens_f.npy", np.sum([found.tokens_f for _, found in scored], axis=0))
     os.replace(temporary, folder)
 
 
-def document_row(index: int, encoded: EncodedDocument) -> dict[str, Any]:
+def document_row(index: int, encoded: EncodedDocument, mean_d: np.ndarray) -> dict[str, Any]:
     """A document as a row of documents.parquet."""
     document = encoded.document
     return {
         "index": index, "id": document.id, "label": document.label, "source": document.source,
         "turns": to_plain(document.turns), "text": document.text,
         "tokens": len(encoded.ids), "content_tokens": int(encoded.content.sum()),
-        "token_ids": encoded.ids, "content": encoded.content,
+        "token_ids": encoded.ids, "content": encoded.content, "mean_residual": mean_d,
     }  # fmt: skip
 
 
@@ -222,19 +226,19 @@ def _columns(peaks: pa.Table) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.nd
 
 
 def _best_documents(stats: FeatureStats, folders: Iterable[Path]) -> dict[int, dict[str, Any]]:
-    """Rows of the documents that some feature has a span in."""
+    """Ids and tokens of the documents that some feature has a span in, by ordinal."""
     wanted = np.unique(stats.document_fn)
     found = {}
-    for table in _tables(folders, "documents.parquet"):
+    for table in _tables(folders, "documents.parquet", ["index", "id", "token_ids", "content"]):
         for row in table.filter(np.isin(table["index"].to_numpy(), wanted)).to_pylist():
             row["token_ids"], row["content"] = np.array(row["token_ids"], np.int32), np.array(row["content"], bool)
             found[row["index"]] = row
     return found
 
 
-def _tables(folders: Iterable[Path], name: str) -> Iterator[pa.Table]:
+def _tables(folders: Iterable[Path], name: str, columns: list[str] | None = None) -> Iterator[pa.Table]:
     for folder in folders:
-        yield pq.read_table(folder / name)
+        yield pq.read_table(folder / name, columns=columns)
 
 
 def _write(path: Path, schema: pa.Schema, tables: Iterable[pa.Table], rows_per_group: int) -> None:

@@ -1,4 +1,5 @@
-"""One packed batch to peaks: g_i(x) = max over the content tokens t of document x of act_i(x, t), and where it is.
+"""One packed batch to peaks: g_i(x) = max over the content tokens t of document x of act_i(x, t), and where it is;
+and the mean residual of each document, which costs next to nothing here and a whole backbone pass anywhere else.
 
 Activations are those of the paper's formula (`topk`) or of its code (`relu`, top-k off). They never exist for a whole
 batch: the content tokens of each row are brought to its front and folded chunk by chunk into one maximum per (document,
@@ -32,7 +33,7 @@ NOWHERE = np.iinfo(np.int32).max
 
 @dataclass(frozen=True)
 class BatchPeaks:
-    """Every peak above 0 of one batch, sorted by document and feature."""
+    """Every peak above 0 of one batch, sorted by document and feature, and each document's mean residual."""
 
     document: Int64[np.ndarray, " n"]
     """Index into the batch's documents."""
@@ -42,14 +43,24 @@ class BatchPeaks:
     """Token of the document at which the peak is reached; the first one, when several tie."""
     tokens_f: Int64[np.ndarray, " f"]
     """Content tokens on which each feature is active."""
+    mean_nd: Float32[np.ndarray, "documents d"]
+    """Mean residual over the content tokens of each document; 0 for one without any."""
 
 
-class Table(NamedTuple):
+class Peaks(NamedTuple):
     """What is known of s documents so far: peaks (0 when inactive), where they are, and active tokens per feature."""
 
     peak_sf: Float[Array, "s f"]
     position_sf: Int[Array, "s f"]
     tokens_f: Int[Array, " f"]
+
+
+class Table(NamedTuple):
+    """What a pass over a batch finds about s documents."""
+
+    peaks: Peaks
+    mean_sd: Float[Array, "s d"]
+    """Mean residual over content tokens, float32."""
 
 
 def dispatch(batch: PackedBatch, loaded: Loaded, sae: LoadedSae, acts: Acts) -> list[Table]:
@@ -74,7 +85,7 @@ def dispatch(batch: PackedBatch, loaded: Loaded, sae: LoadedSae, acts: Acts) -> 
 def collect(batch: PackedBatch, tables: Sequence[Table]) -> BatchPeaks:
     """Wait for the tables of `dispatch` and make them sparse."""
     peak_sf, position_sf = (
-        np.concatenate([np.asarray(getattr(table, name)) for table in tables])[: len(batch.documents)]
+        np.concatenate([np.asarray(getattr(table.peaks, name)) for table in tables])[: len(batch.documents)]
         for name in ("peak_sf", "position_sf")
     )
     document, feature = np.nonzero(peak_sf)
@@ -83,7 +94,8 @@ def collect(batch: PackedBatch, tables: Sequence[Table]) -> BatchPeaks:
         feature=feature,
         peak=peak_sf[document, feature],
         position=position_sf[document, feature],
-        tokens_f=np.sum([np.asarray(table.tokens_f) for table in tables], axis=0, dtype=np.int64),
+        tokens_f=np.sum([np.asarray(table.peaks.tokens_f) for table in tables], axis=0, dtype=np.int64),
+        mean_nd=np.concatenate([np.asarray(table.mean_sd) for table in tables])[: len(batch.documents)],
     )
 
 
@@ -107,7 +119,7 @@ def fold(
     chunk: int,
     mesh: Mesh,
 ) -> Table:
-    """Peaks per slot over the first `chunks` chunks of every row, content tokens first.
+    """Peaks and mean residual per slot over the first `chunks` chunks of every row, content tokens first.
 
     `slot_bt` outside [0, slots) counts for nothing. `k` None means ReLU. `chunks` is traced: one compile serves every
     batch, and a batch of short texts costs less than one of long texts.
@@ -116,7 +128,7 @@ def fold(
     slot_bt = jnp.where(slot_bt < 0, slots, slot_bt)  # a negative index would count from the end
     features = sae.w_fd.shape[0]
 
-    def step(index: Array, table: Table) -> Table:
+    def step(index: Array, table: Peaks) -> Peaks:
         def part(x: Array) -> Array:
             cut = jax.lax.dynamic_slice_in_dim(x, index * chunk, chunk, axis=1)
             return cut.reshape(-1, *cut.shape[2:])
@@ -128,29 +140,36 @@ def fold(
         pre_bk, idx_bk = top_k(pre_bf, k, mesh)
         return _raise_entries(table, jax.nn.relu(pre_bk), idx_bk, slot_b, position_b)
 
-    empty = Table(
+    empty = Peaks(
         jnp.zeros((slots, features), jnp.float32),
         jnp.full((slots, features), NOWHERE, jnp.int32),
         jnp.zeros(features, jnp.int32),
     )
-    return jax.lax.fori_loop(0, chunks, step, empty)
+    return Table(jax.lax.fori_loop(0, chunks, step, empty), _segment_mean(content_btd, slot_bt, slots))
 
 
-def _raise_entries(table: Table, acts_bk: Array, idx_bk: Array, slot_b: Array, position_b: Array) -> Table:
+def _segment_mean(x_btd: Array, slot_bt: Array, slots: int) -> Array:
+    """Mean per slot in float32; rows of a slot outside [0, slots) are dropped, an empty slot is 0."""
+    total_sd = jnp.zeros((slots, x_btd.shape[-1])).at[slot_bt].add(x_btd.astype(jnp.float32), mode="drop")
+    count_s = jnp.zeros(slots).at[slot_bt].add(1, mode="drop")
+    return total_sd / jnp.maximum(count_s, 1)[:, None]
+
+
+def _raise_entries(table: Peaks, acts_bk: Array, idx_bk: Array, slot_b: Array, position_b: Array) -> Peaks:
     counted_bk = (acts_bk > 0) & (slot_b < table.peak_sf.shape[0])[:, None]
     tokens_f = table.tokens_f.at[idx_bk].add(counted_bk)
     return _raise(table, tokens_f, acts_bk, (slot_b[:, None], idx_bk), position_b)
 
 
-def _raise_rows(table: Table, acts_bf: Array, slot_b: Array, position_b: Array) -> Table:
+def _raise_rows(table: Peaks, acts_bf: Array, slot_b: Array, position_b: Array) -> Peaks:
     counted_bf = (acts_bf > 0) & (slot_b < table.peak_sf.shape[0])[:, None]
     return _raise(table, table.tokens_f + counted_bf.sum(axis=0), acts_bf, (slot_b,), position_b)
 
 
-def _raise(table: Table, tokens_f: Array, acts: Array, at: tuple[Array, ...], position_b: Array) -> Table:
+def _raise(table: Peaks, tokens_f: Array, acts: Array, at: tuple[Array, ...], position_b: Array) -> Peaks:
     """Raise `peak_sf[at]` to `acts`; where that raised it, forget the old position; keep the first that reaches it."""
     peak_sf = table.peak_sf.at[at].max(acts, mode="drop")
     position_sf = jnp.where(peak_sf > table.peak_sf, NOWHERE, table.position_sf)
     reaches = (acts > 0) & (acts == peak_sf.at[at].get(mode="fill", fill_value=-1))
     position_sf = position_sf.at[at].min(jnp.where(reaches, position_b[:, None], NOWHERE), mode="drop")
-    return Table(peak_sf, position_sf, tokens_f)
+    return Peaks(peak_sf, position_sf, tokens_f)

@@ -1,7 +1,8 @@
 """One pass of backbone and SAE over a corpus: what coverage, explanations and synthesis are computed from.
 
 Reads a data set, the backbone below the SAE's layer, and an SAE folder. Writes into the product folder
-- `documents.parquet`: ordinal, id, label, source, turns, text, token ids, mask of content tokens, their counts;
+- `documents.parquet`: ordinal, id, label, source, turns, text, token ids, mask of content tokens, their counts, and
+  the mean over the content tokens of the residual that the SAE reads;
 - `peaks.parquet`: every peak above 0, sorted by document and feature: document, feature, peak, position, token id;
 - `features.parquet`: one row per feature: maximum, documents and tokens on which it is active, histogram, top spans;
 - `scan.json`, last: what it was made with (scans of different SAEs are never compared), counts, histogram edges.
@@ -22,7 +23,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from jaxtyping import Float64, Int32, Int64
+from jaxtyping import Float32, Float64, Int32, Int64
 from scipy.sparse import csr_array, vstack
 
 from fac_jax.backbone.weights import Loaded, load_backbone
@@ -62,6 +63,11 @@ class Scan:
     def documents(self, *columns: str) -> pa.Table:
         """`documents.parquet`, or some of its columns."""
         return pq.read_table(self.folder / "documents.parquet", columns=list(columns) or None)
+
+    def mean_residuals(self) -> Float32[np.ndarray, "n d"]:
+        """Mean residual over each document's content tokens; 0 for one without any."""
+        column = self.documents("mean_residual")["mean_residual"].combine_chunks()
+        return column.flatten().to_numpy().reshape(len(column), -1 if len(column) else 0)
 
     def features(self, *columns: str) -> pa.Table:
         """`features.parquet`, or some of its columns."""

@@ -1,137 +1,160 @@
-"""The stage on a toy backbone: arms, files, errors and resumption."""
+"""The stage over scans written by hand, of sentences whose mean residual is that of a table of words."""
+
+from __future__ import annotations
 
 import dataclasses
 import json
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from fac_jax.config import BackboneConfig, Config, CoverageConfig, DataSet, FinetuneConfig, Source
+from fac_jax.config import Config, FinetuneConfig
 from fac_jax.downstream import finetune as stage
 from fac_jax.downstream.finetune import finetune
 from fac_jax.errors import UserError
+from fac_jax.scan.parts import DOCUMENTS, PEAKS, Identity
+
+NICE, VILE = ["good", "kind", "calm"], ["bad", "vile", "cruel"]
+PLAIN = ["the", "a", "dog", "cat", "is", "was", "very"]
+WORDS = [*NICE, *VILE, *PLAIN]
+TABLE = np.random.default_rng(0).normal(size=(len(WORDS), 12)).astype(np.float32)
+TABLE[[WORDS.index(word) for word in VILE], 0] += 6.0
+
+Row = dict[str, Any]
 
 
-def write_rows(path: Path, rows: list[dict[str, Any]]) -> Path:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
+def sentences(seed: int, n: int) -> list[Row]:
+    """Texts, half of them with a vile word and so a label of 1; no text twice."""
+    generator = np.random.default_rng(seed)
+    rows = []
+    for i in range(n):
+        words = [*generator.choice(PLAIN, size=5), generator.choice(VILE if i % 2 else NICE)]
+        rows.append({"text": " ".join(map(str, words)), "label": float(i % 2)})
+    return list({row["text"]: row for row in rows}.values())
+
+
+@dataclass
+class Experiment:
+    """Rows of every scan; `run` writes the scans and trains."""
+
+    folder: Path
+    rows: dict[str, list[Row]]
+    models: dict[str, str] = field(default_factory=dict)
+    config: Config = Config(finetune=FinetuneConfig(epochs=20, learning_rate=1e-2, batch=8))
+
+    @property
+    def out(self) -> Path:
+        return self.folder / "finetune"
+
+    def run(self) -> dict[str, Any]:
+        self.out.mkdir(exist_ok=True)
+        return finetune(self.config, self.out, {f"scan:{name}": self._scan(name) for name in self.rows})
+
+    def evaluation(self) -> dict[str, Any]:
+        return json.loads((self.out / "eval.json").read_text())
+
+    def _scan(self, name: str) -> Path:
+        """A finished scan; a document's id is its text."""
+        folder = self.folder / name
+        folder.mkdir(exist_ok=True)
+        documents = []
+        for index, row in enumerate(self.rows[name]):
+            words = row["text"].split()
+            mean_d = TABLE[[WORDS.index(word) for word in words]].mean(0) if words else np.zeros(12)
+            documents.append({
+                "index": index, "id": row["text"], "label": row["label"], "source": f"{name}.jsonl:{index + 1}",
+                "text": row["text"], "content_tokens": len(words), "mean_residual": mean_d,
+            })  # fmt: skip
+        pq.write_table(pa.Table.from_pylist(documents, DOCUMENTS), folder / "documents.parquet")
+        pq.write_table(PEAKS.empty_table(), folder / "peaks.parquet")
+        identity = Identity(name, "data", self.models.get(name, "model"), 3, "sae-1", 4, 2, "topk", 10, 32)
+        (folder / "scan.json").write_text(json.dumps({"identity": dataclasses.asdict(identity)}))
+        return folder
 
 
 @pytest.fixture
-def prepared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, toy: Any) -> tuple[Config, Path, dict[str, Path]]:
-    """Config, product folder and inputs of a finetune over three small files and a fake synthesis."""
-    loads: list[str] = []
-
-    def load(source: str, layers: int, dtype: str, mesh: object) -> Any:
-        loads.append(source)
-        return toy
-
-    monkeypatch.setattr(stage, "load_backbone", load)
-    monkeypatch.setattr(stage, "loads", loads, raising=False)
-    unique = toy.sentences(0, 400)
-    parts = {"seed": unique[:20], "anchor": unique[:120], "heldout": unique[200:300]}
-    data = {
-        name: DataSet(
-            sources=(Source(path=str(write_rows(tmp_path / f"{name}.jsonl", rows)), label="label"),), max_tokens=16
-        )
-        for name, rows in parts.items()
-    }
-    synthesis = tmp_path / "synthesis"
-    synthesis.mkdir()
-    write_rows(synthesis / "kept.jsonl", [{**row, "label": 1} for row in unique[120:160] if row["label"]])
-    write_rows(synthesis / "random.jsonl", [{**row, "label": 1} for row in unique[160:200]])
-    out = tmp_path / "finetune"
-    out.mkdir()
-    config = Config(
-        backbone=BackboneConfig(layer=1, rows_per_batch=2, row_tokens=32),
-        data=data,
-        coverage=CoverageConfig(),
-        finetune=FinetuneConfig(epochs=20, learning_rate=1e-2, batch=8),
-    )
-    return config, out, {"synthesis": synthesis}
+def experiment(tmp_path: Path) -> Experiment:
+    unique = sentences(0, 400)
+    rows = {"seed": unique[:20], "anchor": unique[:120], "heldout": unique[200:300]}
+    rows |= {"kept": [row for row in unique[120:160] if row["label"]], "random": unique[160:200]}
+    return Experiment(tmp_path, rows)
 
 
-def test_every_arm_is_measured_and_every_score_is_kept(prepared: tuple[Config, Path, dict[str, Path]]) -> None:
-    config, out, inputs = prepared
-    summary = finetune(config, out, inputs)
-    evaluation = json.loads((out / "eval.json").read_text())
+def test_every_arm_is_measured_and_every_score_is_kept(experiment: Experiment) -> None:
+    summary = experiment.run()
+    evaluation = experiment.evaluation()
     assert list(evaluation["arms"]) == ["seed", "seed+random", "seed+kept", "anchor"] == list(summary["auprc"])
     assert evaluation["heldout"] == {"data": "heldout", "documents": 100, "positive": 50, "base_rate": 0.5}
     assert evaluation["arms"]["seed"]["documents"] == 20
     assert evaluation["arms"]["seed+kept"]["added"] == 20 == evaluation["arms"]["seed+kept"]["documents"] - 20
     assert evaluation["arms"]["anchor"]["auroc"]["mean"] > 0.95
-    assert len(evaluation["arms"]["seed"]["auprc"]["values"]) == len(config.finetune.seeds)
+    assert len(evaluation["arms"]["seed"]["auprc"]["values"]) == len(experiment.config.finetune.seeds)
     assert [(d["arm"], d["minus"]) for d in evaluation["differences"]] == list(stage.COMPARED)
-    predictions = pq.read_table(out / "predictions.parquet").to_pylist()
+    predictions = pq.read_table(experiment.out / "predictions.parquet").to_pylist()
     assert len(predictions) == 4 * 3 * 100
     one = [row for row in predictions if row["arm"] == "seed+kept" and row["seed"] == 43]
     found = stage.auprc(np.array([r["positive"] for r in one]), np.array([r["logit"] for r in one]))
     assert found == pytest.approx(evaluation["arms"]["seed+kept"]["auprc"]["values"][1])
 
 
-def test_made_again_it_reads_the_features_and_writes_the_same_bytes(
-    prepared: tuple[Config, Path, dict[str, Path]],
-) -> None:
-    config, out, inputs = prepared
-    finetune(config, out, inputs)
-    first = {path.name: path.read_bytes() for path in out.iterdir() if path.is_file()}
-    finetune(config, out, inputs)
-    assert {path.name: path.read_bytes() for path in out.iterdir() if path.is_file()} == first
-    assert len(stage.loads) == 1  # type: ignore[attr-defined]
+def test_made_again_it_writes_the_same_bytes(experiment: Experiment) -> None:
+    experiment.run()
+    first = {path.name: path.read_bytes() for path in experiment.out.iterdir()}
+    experiment.run()
+    assert {path.name: path.read_bytes() for path in experiment.out.iterdir()} == first
 
 
-def test_features_of_other_documents_are_not_reused(prepared: tuple[Config, Path, dict[str, Path]]) -> None:
-    config, out, inputs = prepared
-    finetune(config, out, inputs)
-    kept = inputs["synthesis"] / "kept.jsonl"
-    write_rows(kept, [{"text": "the dog was very very cruel", "label": 1}])
-    finetune(config, out, inputs)
-    assert json.loads((out / "eval.json").read_text())["arms"]["seed+kept"]["added"] == 1
-    assert len(stage.loads) == 2  # type: ignore[attr-defined]
+def test_a_document_without_a_label_is_in_no_arm(experiment: Experiment) -> None:
+    experiment.rows["seed"] = [*experiment.rows["seed"], {"text": "the the the", "label": None}]
+    experiment.run()
+    assert experiment.evaluation()["arms"]["seed"]["documents"] == 20
 
 
-def test_a_held_out_document_in_training_is_named(prepared: tuple[Config, Path, dict[str, Path]]) -> None:
-    config, out, inputs = prepared
-    leak = Path(config.data["heldout"].sources[0].path).read_text().splitlines()[3]
-    kept = inputs["synthesis"] / "kept.jsonl"
-    kept.write_text(kept.read_text() + leak + "\n")
-    document = next(
-        stage.read_documents(DataSet(sources=(Source(path=str(write_rows(out / "l.jsonl", [json.loads(leak)]))),)), "l")
-    )
+def test_a_held_out_document_in_training_is_named(experiment: Experiment) -> None:
+    leak = experiment.rows["heldout"][3]
+    experiment.rows["kept"] = [*experiment.rows["kept"], leak]
     with pytest.raises(
-        UserError, match=rf"'seed\+kept' and in held-out data set 'heldout', the first is {document.id}"
+        UserError, match=rf"'seed\+kept' and in held-out data set 'heldout', the first is {leak['text']}"
     ):
-        finetune(config, out, inputs)
-    assert not (out / "eval.json").exists()
+        experiment.run()
+    assert not (experiment.out / "eval.json").exists()
 
 
-def test_an_empty_synthesis_is_an_arm_that_adds_nothing(prepared: tuple[Config, Path, dict[str, Path]]) -> None:
-    config, out, inputs = prepared
-    for name in ("kept", "random"):
-        (inputs["synthesis"] / f"{name}.jsonl").write_text("")
-    finetune(config, out, inputs)
-    arms = json.loads((out / "eval.json").read_text())["arms"]
+def test_an_empty_synthesis_is_an_arm_that_adds_nothing(experiment: Experiment) -> None:
+    experiment.rows |= {"kept": [], "random": []}
+    experiment.run()
+    arms = experiment.evaluation()["arms"]
     assert arms["seed+kept"]["added"] == 0
     assert arms["seed+kept"]["auprc"] == arms["seed"]["auprc"]
 
 
-def test_a_seed_of_one_class_is_reported_as_not_trained(prepared: tuple[Config, Path, dict[str, Path]]) -> None:
+def test_a_seed_of_one_class_is_reported_as_not_trained(experiment: Experiment) -> None:
     """The paper's own setting: a safe seed, to which toxic samples are added."""
-    config, out, inputs = prepared
-    seed = Path(config.data["seed"].sources[0].path)
-    write_rows(seed, [row for line in seed.read_text().splitlines() if not (row := json.loads(line))["label"]])
-    finetune(config, out, inputs)
-    arms = json.loads((out / "eval.json").read_text())["arms"]
+    experiment.rows["seed"] = [row for row in experiment.rows["seed"] if not row["label"]]
+    experiment.run()
+    arms = experiment.evaluation()["arms"]
     assert arms["seed"]["not_trained"] == "documents of one class only"
     assert "auprc" in arms["seed+kept"]
 
 
-def test_an_unlabelled_held_out_set_is_an_error(prepared: tuple[Config, Path, dict[str, Path]]) -> None:
-    config, out, inputs = prepared
-    source = dataclasses.replace(config.data["heldout"].sources[0], label=None)
-    config = dataclasses.replace(config, data={**config.data, "heldout": DataSet(sources=(source,), max_tokens=16)})
+def test_an_unlabelled_held_out_set_is_an_error(experiment: Experiment) -> None:
+    experiment.rows["heldout"] = [{**row, "label": None} for row in experiment.rows["heldout"]]
     with pytest.raises(UserError, match="'heldout' has no labelled documents of both classes"):
-        finetune(config, out, inputs)
+        experiment.run()
+
+
+def test_a_labelled_document_without_content_is_named(experiment: Experiment) -> None:
+    experiment.rows["anchor"] = [*experiment.rows["anchor"], {"text": "", "label": 1.0}]
+    with pytest.raises(UserError, match=r"1 labelled documents of data set 'anchor' .* \(anchor.jsonl:121\); raise"):
+        experiment.run()
+
+
+def test_scans_of_another_backbone_are_not_mixed_in(experiment: Experiment) -> None:
+    experiment.models["heldout"] = "other"
+    with pytest.raises(UserError, match="was made with model_digest other"):
+        experiment.run()

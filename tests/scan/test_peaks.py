@@ -69,6 +69,11 @@ def brute_force(
     return best, tokens_f
 
 
+def mean_residuals(batch: PackedBatch, backbone: Any) -> np.ndarray:
+    rows = [backbone.table[encoded.ids, np.arange(len(encoded.ids))][encoded.content] for encoded in batch.documents]
+    return np.stack([row.mean(0) if len(row) else np.zeros(D) for row in rows])
+
+
 def as_dict(found: BatchPeaks) -> dict[tuple[int, int], tuple[float, int]]:
     rows = zip(found.document, found.feature, found.peak, found.position, strict=True)
     return {(int(d), int(f)): (float(p), int(t)) for d, f, p, t in rows}
@@ -84,6 +89,7 @@ def test_equal_to_brute_force(mesh: Mesh, acts: Any, chunk_elements: int, monkey
         best, tokens_f = brute_force(batch, backbone, sae, acts)
         assert as_dict(found) == best
         assert found.tokens_f.tolist() == tokens_f.tolist()
+        np.testing.assert_allclose(found.mean_nd, mean_residuals(batch, backbone), atol=1e-6)
         assert (np.diff(found.document * FEATURES + found.feature) > 0).all()
 
 
@@ -98,13 +104,14 @@ def test_more_documents_than_slots(mesh_1x1: Mesh, acts: Any, monkeypatch: pytes
     found = collect(batch, started)
     best, tokens_f = brute_force(batch, backbone, sae, acts)
     assert as_dict(found) == best and found.tokens_f.tolist() == tokens_f.tolist()
+    np.testing.assert_allclose(found.mean_nd, mean_residuals(batch, backbone), atol=1e-6)
 
 
 def test_a_batch_without_content(mesh_1x1: Mesh) -> None:
     document = Document("0" * 16, (Turn("user", "x"),), None, "file:0")
     batch = next(pack([EncodedDocument(document, np.arange(5, dtype=np.int32), np.zeros(5, bool))], 2, 16))
     found = collect(batch, dispatch(batch, fake_backbone(mesh_1x1), make_sae(mesh_1x1), "topk"))
-    assert len(found.peak) == 0 and found.tokens_f.sum() == 0
+    assert len(found.peak) == 0 and found.tokens_f.sum() == 0 and found.mean_nd.tolist() == [[0.0] * D]
 
 
 def test_one_compile_serves_every_batch(mesh_1x1: Mesh) -> None:

@@ -112,7 +112,11 @@ def test_files_hold_what_a_loop_finds(config: Config, tmp_path: Path, backbone: 
     assert counts["documents"] == len(expected) == found.peaks_nf.shape[0]
     assert counts["peaks"] == sum(map(len, expected)) == found.peaks_nf.nnz
     documents = found.documents().to_pylist()
+    means = found.mean_residuals()
     for row, best in enumerate(expected):
+        content = np.flatnonzero(documents[row]["content"])
+        tokens = np.array(documents[row]["token_ids"])[content]
+        np.testing.assert_allclose(means[row], backbone.table[tokens, content].mean(0), atol=1e-6)
         span = slice(found.peaks_nf.indptr[row], found.peaks_nf.indptr[row + 1])
         assert found.peaks_nf.indices[span].tolist() == sorted(best)
         for at in range(span.start, span.stop):
@@ -275,6 +279,7 @@ def test_what_synthesis_wrote_may_be_empty(config: Config, tmp_path: Path) -> No
     (synthesis / "random.jsonl").write_text('{"text": "red cat", "label": 1}\n')
     assert run(config, tmp_path / "kept", "kept", synthesis=synthesis)["documents"] == 0
     assert load_scan(tmp_path / "kept").peaks_nf.shape == (0, FEATURES)
+    assert load_scan(tmp_path / "kept").mean_residuals().shape == (0, 0)
     assert run(config, tmp_path / "random", "random", synthesis=synthesis)["documents"] == 1
     assert load_scan(tmp_path / "random").labels_n.tolist() == [1.0]
 
