@@ -7,3 +7,8 @@ traceback; every other exception is a defect of the program and keeps its traceb
 
 class UserError(Exception):
     """Something outside the program is wrong (a path, a config value, a file's content, a server)."""
+
+
+def first_line(error: Exception) -> str:
+    """First line of an error's message that says anything, cut at 300 characters: what a UserError quotes."""
+    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)[:300]

@@ -28,6 +28,8 @@ from fac_jax.errors import UserError
 
 log = logging.getLogger(__name__)
 USER = "user"
+POSITIVE_ABOVE = 0.5
+"""A label above this is positive."""
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from fac_jax.errors import UserError
+from fac_jax.errors import UserError, first_line
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 Fetch = Callable[[str], Path | None]
@@ -47,11 +47,6 @@ def hub_fetch(source: str) -> Fetch:
             ) from None
 
     return fetch
-
-
-def first_line(error: Exception) -> str:
-    """First line of an error's message that says anything."""
-    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
 class SafetensorsFiles:

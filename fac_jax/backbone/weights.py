@@ -23,9 +23,9 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from fac_jax import plain
 from fac_jax.backbone import gguf_file
 from fac_jax.backbone.config import ModelConfig, read_model_config
-from fac_jax.backbone.hf_folder import SafetensorsFiles, first_line, hub_fetch, local_fetch
+from fac_jax.backbone.hf_folder import SafetensorsFiles, hub_fetch, local_fetch
 from fac_jax.backbone.model import Backbone, Parameter, logits, parameters, residual
-from fac_jax.errors import UserError
+from fac_jax.errors import UserError, first_line
 from fac_jax.mesh import DATA, FEATURE, sharding
 from fac_jax.text import resolve
 

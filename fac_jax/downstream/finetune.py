@@ -31,9 +31,8 @@ from fac_jax.downstream.head import fit
 from fac_jax.errors import UserError
 from fac_jax.runs import write_text, writing
 from fac_jax.scan.scan import Scan, load_scans
+from fac_jax.text import POSITIVE_ABOVE
 
-POSITIVE_ABOVE = 0.5
-"""A document whose label exceeds this is positive."""
 COMPARED = (("seed+kept", "seed"), ("seed+random", "seed"), ("seed+kept", "seed+random"))
 """Pairs of arms whose difference gets an interval."""
 

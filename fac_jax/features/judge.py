@@ -33,8 +33,8 @@ from fac_jax.llm.client import Generator, open_generator
 from fac_jax.mesh import make_mesh
 from fac_jax.runs import write_text, writing
 from fac_jax.scan.scan import Scan, load_scan
+from fac_jax.text import POSITIVE_ABOVE
 
-POSITIVE_ABOVE = 0.5
 RELEVANCE = pa.schema(
     {
         "feature": pa.int32(), "relevant": pa.bool_(), "method": pa.string(), "model": pa.string(),

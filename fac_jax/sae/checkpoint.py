@@ -28,7 +28,7 @@ from jaxtyping import Array, UInt32
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from fac_jax.errors import UserError
+from fac_jax.errors import UserError, first_line
 from fac_jax.mesh import FEATURE, sharding
 from fac_jax.plain import from_plain, to_plain
 from fac_jax.runs import write_text, writing
@@ -187,7 +187,7 @@ def restore_state(manager: ocp.CheckpointManager, like: State) -> tuple[int, Sta
     try:
         meta = manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
     except Exception as error:
-        raise UserError(f"checkpoint {path} cannot be read ({_first_line(error)}): {remedy}") from error
+        raise UserError(f"checkpoint {path} cannot be read ({first_line(error)}): {remedy}") from error
     for name in sorted(meta.keys() | wanted.keys()):
         there, asked = meta[name][:2] if name in meta else None, _form(wanted[name]) if name in wanted else None
         if there != asked:
@@ -198,7 +198,7 @@ def restore_state(manager: ocp.CheckpointManager, like: State) -> tuple[int, Sta
     try:
         leaves = manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(wanted)))["state"]
     except Exception as error:
-        raise UserError(f"checkpoint {path} cannot be read ({_first_line(error)}): {remedy}") from error
+        raise UserError(f"checkpoint {path} cannot be read ({first_line(error)}): {remedy}") from error
     for name, value in zip(wanted, leaf_digests({name: leaves[name] for name in wanted}), strict=True):
         if _hex(value) != meta[name][2]:
             raise UserError(
@@ -253,10 +253,6 @@ def _say(form: list[Any] | None) -> str:
     return "nothing" if form is None else f"{form[1]} of shape {tuple(form[0])}"
 
 
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:300]
-
-
 def _sha256(array: np.ndarray) -> str:
     return hashlib.sha256(np.ascontiguousarray(array).tobytes()).hexdigest()
 
@@ -273,7 +269,7 @@ def _read_tensors(path: Path, card: SaeCard, mesh: Mesh) -> dict[str, Array]:
     except FileNotFoundError:
         raise UserError(f"{path} is missing: {remedy}") from None
     except (SafetensorError, OSError) as error:
-        raise UserError(f"{path} cannot be read ({_first_line(error)}): {remedy}") from None
+        raise UserError(f"{path} cannot be read ({first_line(error)}): {remedy}") from None
     for name, array in host.items():
         if (found := _sha256(array)) != card.tensors[name]:
             raise UserError(f"{path} is damaged: {name} has SHA-256 {found}, not {card.tensors[name]}: {remedy}")

@@ -24,6 +24,7 @@ from fac_jax.synthesis.contrast import Target
 from fac_jax.synthesis.generations import Sampling
 from fac_jax.synthesis.prompt import Example, Prompt, load_prompt
 from fac_jax.synthesis.samples import normalised
+from fac_jax.text import POSITIVE_ABOVE
 
 EXAMPLE_WORDS = 24
 """Anchor texts of at most so many words are shown whole; of longer ones, the sentence with the activating token."""
@@ -98,9 +99,10 @@ def read_targets(
     table = pq.read_table(explanations / "explanations.parquet", columns=columns).to_pylist()
     explained = {row["feature"]: row for row in table}
     spans = anchor.features("spans")["spans"].take(pa.array(features, pa.int64())).to_pylist()
+    positive_n = anchor.labels_n > POSITIVE_ABOVE
     targets = []
     for feature, shown in zip(features, spans, strict=True):
-        shown.sort(key=lambda span: (anchor.labels_n[span["document"]] > 0.5) != (shape.label > 0.5))
+        shown.sort(key=lambda span: positive_n[span["document"]] != (shape.label > POSITIVE_ABOVE))
         examples = [Example(_example_text(span, texts[span["document"]]), span["score"]) for span in shown[:EXAMPLES]]
         targets.append(Target(feature, about(explained.get(feature, {}), shown), tuple(examples)))
     return tuple(targets)

@@ -65,17 +65,9 @@ def make_scan(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> Callable[..
             table = np.array(rows)
             whole = table[:, [0, 1, 3]].astype(np.int64).T
             tokens_f = np.bincount(whole[1], minlength=FEATURES)
-            commit(
-                folder,
-                [
-                    (
-                        batch,
-                        BatchPeaks(
-                            whole[0], whole[1], table[:, 2].astype(np.float32), whole[2].astype(np.int32), tokens_f
-                        ),
-                    )
-                ],
-            )
+            peak, position = table[:, 2].astype(np.float32), whole[2].astype(np.int32)
+            means = np.zeros((len(batch.documents), 1), np.float32)  # nothing here asks for them
+            commit(folder, [(batch, BatchPeaks(whole[0], whole[1], peak, position, tokens_f, means))])
         finish(folder, identity, tokenizer, [])
         return load_scan(folder)
 
