@@ -171,19 +171,19 @@ def _stage(config: Config, verb: str, options: dict[str, str]) -> None:
 
 
 def _status(config: Config, verb: str, options: dict[str, str]) -> None:
-    """One line a stage: done, outdated, half made or absent."""
+    """One line a stage: done, outdated, half made or absent. Products are named from the run directory."""
     from fac_jax.pipeline import pipeline
 
     stages = pipeline(config)
     run = Run(config)
     table = Table("stage", "state", "made", "seconds", "product", "command", box=None)
+    table.columns[3].justify = "right"
     for stage in stages.values():
         state, record = run.state(stage, stages)
         made, seconds = (record.finished, f"{record.seconds:.1f}") if record else ("", "")
-        table.add_row(
-            stage.name, state, made, seconds, str(run.folder(stage)), f"fac {stage.verb.replace(' ', ' CONFIG ', 1)}"
-        )
-    Console().print(table)
+        table.add_row(stage.name, state, made, seconds, stage.folder, stage.command)
+    print(f"run directory: {run.dir}")
+    Console(width=None if sys.stdout.isatty() else 120).print(table)
 
 
 def _convert(config: Config, verb: str, options: dict[str, str]) -> None:

@@ -26,7 +26,7 @@ def checks(config: Config) -> Iterator[tuple[str, bool, str]]:
     """(name, whether it is well, what was found or what to do), one at a time as they are made."""
     yield "versions", True, ", ".join(f"{name} {version}" for name, version in versions().items())
     yield "devices", True, f"{jax.device_count()} x {jax.devices()[0].device_kind} ({jax.default_backend()})"
-    yield from _check("mesh", lambda: f"{dict(make_mesh(config.mesh).shape)}")
+    yield from _check("mesh", lambda: _mesh(config))
     if config.data:
         yield from _check("model", partial(_model, config))
     for name in config.data:
@@ -45,6 +45,10 @@ def _check(name: str, find: Callable[[], str]) -> Iterator[tuple[str, bool, str]
         yield name, False, str(error)
 
 
+def _mesh(config: Config) -> str:
+    return ", ".join(f"{axis} {size}" for axis, size in make_mesh(config.mesh).shape.items())
+
+
 def _model(config: Config) -> str:
     source = config.backbone.model
     if source.startswith("pkg://") or source.endswith(".gguf"):
@@ -57,7 +61,7 @@ def _model(config: Config) -> str:
 
 def _data(config: Config, name: str) -> str:
     files = [file for source in config.data[name].sources for file in resolve(source.path)]
-    return f"{len(files)} files, {sum(file.stat().st_size for file in files) / 2**20:,.1f} MiB"
+    return f"{len(files)} files, {sum(file.stat().st_size for file in files) / 2**20:,.2f} MiB"
 
 
 def _disk(config: Config) -> str:
@@ -65,7 +69,7 @@ def _disk(config: Config) -> str:
     while not folder.exists():
         folder = folder.parent
     free = shutil.disk_usage(folder).free
-    found = f"{free / 2**30:,.1f} GiB free for {config.run.dir}; a harvested token takes 2 bytes x d_model + 16"
+    found = f"{free / 2**30:,.1f} GiB free for {config.run.dir}; a harvested token takes 2 x d_model + 24 bytes"
     if free < LEAST_FREE_BYTES:
         raise UserError(f"{found}; free some space or choose another run.dir")
     return found

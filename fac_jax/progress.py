@@ -45,7 +45,13 @@ class Bar:
         eta = ""
         if self.total and self.done:
             eta = f"  ETA {max(self.total - self.done, 0) / self.rate():,.0f} s"
-        return f"{self.name}  {self.done:,.0f}{of} {self.unit}  {self.rate():,.0f} {self.unit}/s{eta}  {note}".rstrip()
+        speed = f"{rate_text(self.rate())} {self.unit}/s"
+        return f"{self.name}  {self.done:,.0f}{of} {self.unit}  {speed}{eta}  {note}".rstrip()
+
+
+def rate_text(rate: float) -> str:
+    """A rate with two digits at least: `1,950`, `12`, `0.35`."""
+    return f"{rate:,.0f}" if rate >= 10 else f"{rate:.2g}"
 
 
 class _Rate(TextColumn):
@@ -54,7 +60,7 @@ class _Rate(TextColumn):
 
     def render(self, task: Task) -> Text:
         speed = task.finished_speed or task.speed
-        return Text(f"{speed:,.0f} {task.fields['unit']}/s" if speed else "", style="cyan")
+        return Text(f"{rate_text(speed)} {task.fields['unit']}/s" if speed else "", style="cyan")
 
 
 @contextmanager

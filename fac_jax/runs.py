@@ -47,12 +47,18 @@ class Stage:
     folder: str
     """Product folder, relative to the run directory."""
     verb: str
-    """Command line that makes it alone, such as `scan --data anchor`."""
+    """Verb that makes it alone, with its options, such as `scan --data anchor`."""
     function: StageFunction
     settings: Any
     """Every setting and fingerprint that changes the product (dataclasses and plain values)."""
     inputs: tuple[str, ...] = ()
     """Earlier stages by name; `coverage/missing.parquet` means that one file of the product and nothing else of it."""
+
+    @property
+    def command(self) -> str:
+        """Command line that makes it alone, such as `fac scan CONFIG --data anchor`."""
+        verb, *options = self.verb.split()
+        return " ".join(["fac", verb, "CONFIG", *options])
 
 
 @dataclass(frozen=True)
@@ -156,7 +162,7 @@ class Run:
             owner, _, file = name.partition("/")
             source = stages[owner]
             record = read_record(self.folder(source))
-            command = f"`fac {source.verb.split()[0]} CONFIG{''.join(' ' + w for w in source.verb.split()[1:])}`"
+            command = f"`{source.command}`"
             if record is None:
                 raise UserError(f"{stage.name} needs {self.folder(source)}, which is not made yet: run {command} first")
             if record.digest != self._key(source, self.input_digests(source, stages)):

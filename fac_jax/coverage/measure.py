@@ -23,7 +23,7 @@ from scipy.sparse import csr_array, vstack
 from fac_jax.config import Config
 from fac_jax.coverage import fac as arithmetic
 from fac_jax.errors import UserError
-from fac_jax.features.judge import relevant_features
+from fac_jax.features.judge import relevant_features, what_makes_relevant
 from fac_jax.runs import write_text, writing
 from fac_jax.scan.scan import Scan, load_scans
 
@@ -67,8 +67,8 @@ def coverage(config: Config, out: Path, inputs: Mapping[str, Path]) -> dict[str,
     relevant_f = relevant_features(inputs["relevance"], anchor)
     if not relevant_f.any():
         raise UserError(
-            f"no feature is relevant to the task {config.judge.task!r}, so there is nothing to cover: raise "
-            "judge.false_discovery_rate, give the anchor more labelled documents, or train a wider SAE on more tokens"
+            f"no feature is relevant to the task {config.judge.task!r}, so there is nothing to cover: "
+            + what_makes_relevant(inputs["relevance"])
         )
     rows = [before(config, relevant_f, samples(anchor), samples(seed), threshold) for threshold in thresholds(config)]
     chosen = next(row for row in rows if row["threshold"] == config.coverage.threshold)

@@ -167,3 +167,18 @@ def relevant_features(folder: Path, scan: Scan) -> Bool[np.ndarray, " f"]:
     mask = np.zeros(scan.identity.features, bool)
     mask[table["feature"].to_numpy()[table["relevant"].to_numpy()]] = True
     return mask
+
+
+def what_makes_relevant(folder: Path) -> str:
+    """What to do when no feature is relevant, by the method that judged them."""
+    found = json.loads((folder / "relevance.json").read_text(encoding="utf-8"))
+    if found["method"] == "embedded":
+        return (
+            "raise judge.false_discovery_rate, give the anchor more labelled documents, "
+            "or train a wider SAE on more tokens"
+        )
+    return (
+        f"of {found['features']} features the model judged {found['judged']} ({found['not_judged']} had no explanation "
+        f"that held, {found['failed']} answers could not be read; {folder / 'relevance.parquet'} keeps them all): "
+        "set llm.model to an abler one, or judge.relevant_label to a less sure label"
+    )

@@ -59,7 +59,7 @@ def write_features(tmp_path: Path) -> Callable[..., dict[str, Path]]:
             {"feature": pa.array([*relevant, 5], pa.int32()), "relevant": [True] * len(relevant) + [False]}
         )
         pq.write_table(table, relevance / "relevance.parquet")
-        (relevance / "relevance.json").write_text(json.dumps({"sae": sae}))
+        (relevance / "relevance.json").write_text(json.dumps({"sae": sae, "method": "embedded"}))
         table = pa.table({"feature": relevant, "explanation": [f"fires on: {f}" for f in relevant[:-1]] + [None]})
         pq.write_table(table, explanations / "explanations.parquet")
         return {"relevance": relevance, "explanations": explanations}

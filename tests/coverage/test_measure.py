@@ -127,14 +127,27 @@ def test_relevance_of_another_sae(tmp_path: Path, inputs: dict[str, Path]) -> No
         made(coverage, tmp_path, inputs)
 
 
+@pytest.mark.parametrize(
+    ("judged", "advice"),
+    [
+        ({"method": "embedded"}, "raise judge.false_discovery_rate"),
+        (
+            {"method": "llm", "features": 9, "judged": 1, "not_judged": 3, "failed": 5},
+            r"of 9 features the model judged 1 \(3 had no explanation that held, 5 answers could.*llm.model",
+        ),
+    ],
+)
 def test_nothing_relevant(
-    tmp_path: Path, write_scan: Callable[..., Path], write_features: Callable[..., dict[str, Path]]
+    tmp_path: Path,
+    write_scan: Callable[..., Path],
+    write_features: Callable[..., dict[str, Path]],
+    judged: dict[str, object],
+    advice: str,
 ) -> None:
     scans = {"scan:anchor": write_scan("anchor", ANCHOR), "scan:seed": write_scan("seed", SEED)}
     features = write_features([4])
     table = pq.read_table(features["relevance"] / "relevance.parquet")
     pq.write_table(table.slice(1), features["relevance"] / "relevance.parquet")
-    with pytest.raises(
-        UserError, match="no feature is relevant to the task 'toxicity'.*raise judge.false_discovery_rate"
-    ):
+    (features["relevance"] / "relevance.json").write_text(json.dumps({"sae": "sae-1", **judged}))
+    with pytest.raises(UserError, match=f"no feature is relevant to the task 'toxicity'.*{advice}"):
         made(coverage, tmp_path, {**scans, **features})
