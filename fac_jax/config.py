@@ -178,7 +178,7 @@ class TrainConfig:
     """Rows whose norm exceeds this many medians (attention sinks) are left out of the loss; 0 keeps all."""
     select_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Input type of the encoder matmul that selects the features; the selected activations and all gradients are
-    float32 in any case. auto is float32 on CPU and with compat official, bfloat16 on accelerators."""
+    float32 in any case. auto is bfloat16, or float32 with compat official and on CPUs that do not multiply bfloat16."""
     log_every: int = 20
     """Steps between lines of metrics.jsonl."""
     checkpoint_every: int = 200

@@ -5,9 +5,9 @@
     x_hat = acts W + b_dec
 
 `encode` and `decode` are the dense forms, for inference and as reference. `reconstruct` is the form that training
-differentiates: features are *selected* densely, without a gradient, and the few that were selected are computed again
-from their gathered rows of W. Gathers and scatters of K rows then replace five of the six dense matmuls, plain autodiff
-gives the exact gradient, and the selecting matmul may run in bfloat16 while every value and gradient stays float32.
+differentiates: features are selected without a gradient, and all else is made from the few rows of W that were selected
+(`sparse.py`). Rows are split over the mesh's `data` axis and features over its `feature` axis; what crosses feature
+shards is kept values and partial reconstructions.
 """
 
 from __future__ import annotations
@@ -23,10 +23,8 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
 from fac_jax.mesh import DATA, FEATURE
+from fac_jax.sae.sparse import HIGHEST, Among, Best, Selected, decode_selected, select
 from fac_jax.sae.topk import top_k, winners
-
-# True float32 on accelerators too: their default would round the inputs to 10 bits or fewer.
-HIGHEST = jax.lax.Precision.HIGHEST
 
 
 class TopKSAE(nnx.Module):
@@ -143,65 +141,43 @@ def _reconstruct_shard(
     mesh: Mesh,
 ) -> Reconstruction:
     """One shard's rows and features; only kept values and partial reconstructions cross shards."""
-    stop = jax.lax.stop_gradient
     axis = FEATURE if mesh.shape[FEATURE] > 1 else None
-    centred_bd = stop(x_bd - b_dec_d)
-    # b_dec reaches the pre-activations of all rows in the same way, so its gradient there is one vector-matrix product
-    # of the gradient of b_enc instead of a matmul over the batch. The added term is zero in value.
-    bias_f = b_enc_f + jnp.einsum("d,fd->f", stop(b_dec_d) - b_dec_d, stop(w_fd), precision=HIGHEST)
-    pre_bf = stop(_select(centred_bd, w_fd, select_dtype) + b_enc_f)
-    decode = partial(_decode_selected, w_fd, bias_f, centred_bd)
+    vary = partial(jax.lax.pcast, to="varying")  # the gradient of what devices share is summed over them
 
-    val_bk, idx_bk = top_k(pre_bf, min(k_max, pre_bf.shape[1]))
-    kept_bk = jnp.arange(val_bk.shape[1]) < winners(val_bk, k, k_max, axis)[:, None]
-    part_bd, acts_bk = decode(idx_bk, kept_bk)
-    on_bk = stop(acts_bk) > 0
-    active_f = jnp.zeros(len(w_fd), jnp.int32).at[idx_bk].add((on_bk & counted_b[:, None]).astype(jnp.int32))
-    x_hat_bd = jax.lax.psum(part_bd, FEATURE) + b_dec_d
-    l0_b = jax.lax.psum(on_bk.sum(axis=1), FEATURE)
+    def everywhere_zero(like: jax.ShapeDtypeStruct) -> Array:
+        return vary(jnp.zeros(like.shape, like.dtype), (DATA, FEATURE))
 
-    dead_hat_bd = jnp.zeros_like(x_bd)
-    if dead_k is not None:
+    w_fd, b_enc_f = vary((w_fd, b_enc_f), DATA)
+    centred_bd = vary(x_bd, FEATURE) - vary(b_dec_d, (DATA, FEATURE))
+    best = partial(select, w_fd, b_enc_f, centred_bd, select_dtype)
 
-        def revive() -> Array:
-            val_bk, idx_bk = top_k(jnp.where(dead_f, pre_bf, -jnp.inf), min(dead_k, pre_bf.shape[1]))
-            kept_bk = jnp.arange(val_bk.shape[1]) < winners(val_bk, dead_k, dead_k, axis)[:, None]
-            return jax.lax.psum(decode(idx_bk, kept_bk & (val_bk > -jnp.inf))[0], FEATURE)
+    def of_all_shards(found: Best, k: Array | int, k_max: int) -> Selected:
+        wins_b = winners(found.val_bk, k, k_max, axis)
+        places_k = jnp.arange(found.val_bk.shape[1])
+        return Selected(found.idx_bk, (places_k < wins_b[:, None]) & (found.val_bk > -jnp.inf))
 
-        dead_hat_bd = jax.lax.cond(any_dead, revive, lambda: dead_hat_bd)
-    return Reconstruction(x_hat_bd, dead_hat_bd, jax.lax.psum(active_f, DATA), l0_b)
+    def live_only() -> Selected:
+        (found,) = best([Among(k_max)])
+        return of_all_shards(found, k, k_max)
 
+    if dead_k is None:
+        live, dead = live_only(), None
+    else:
 
-def _select(centred_bd: Array, w_fd: Array, dtype: str) -> Array:
-    """Pre-activations without bias. XLA's CPU matmul is fastest from bfloat16 inputs to a float32 output."""
-    inputs = centred_bd.astype(dtype), w_fd.astype(dtype)
-    precision = HIGHEST if dtype == "float32" else None
-    return jnp.einsum("bd,fd->bf", *inputs, precision=precision, preferred_element_type=jnp.float32)
+        def live_and_dead() -> tuple[Selected, Selected]:
+            found, dead = best([Among(k_max), Among(dead_k, dead_f)])
+            return of_all_shards(found, k, k_max), of_all_shards(dead, dead_k, dead_k)
 
+        nobody = jax.tree.map(everywhere_zero, jax.eval_shape(lambda: live_and_dead()[1]))
+        live, dead = jax.lax.cond(any_dead, live_and_dead, lambda: (live_only(), nobody))
 
-def _decode_selected(
-    w_fd: Array, bias_f: Array, centred_bd: Array, idx_bk: Array, kept_bk: Array
-) -> tuple[Array, Array]:
-    """Sum of the kept features' contributions (without b_dec) and their activations, a few rows at a time."""
-
-    # Checkpointed: the backward pass gathers again instead of keeping [b, k, d].
-    @jax.checkpoint
-    def chunk(carry: None, part: tuple[Array, Array, Array]) -> tuple[None, tuple[Array, Array]]:
-        centred_bd, idx_bk, kept_bk = part
-        w_bkd = w_fd[idx_bk]
-        pre_bk = jnp.einsum("bkd,bd->bk", w_bkd, centred_bd, precision=HIGHEST) + bias_f[idx_bk]
-        acts_bk = jnp.where(kept_bk, jax.nn.relu(pre_bk), 0)
-        return carry, (jnp.einsum("bkd,bk->bd", w_bkd, acts_bk, precision=HIGHEST), acts_bk)
-
-    # As many elements at a time as W has: memory grows by about one W, and adding up the chunks' gradients of W, which
-    # costs a pass over W each, stays small beside the gathering (measured: half as much makes a step 1.2 times longer).
-    (b, k), d = idx_bk.shape, w_fd.shape[1]
-    chunks = -(-b * k * d // w_fd.size)
-    rows = -(-b // chunks)
-
-    def split(array: Array) -> Array:
-        padded = jnp.pad(array, [(0, chunks * rows - b)] + [(0, 0)] * (array.ndim - 1))
-        return padded.reshape(chunks, rows, *array.shape[1:])
-
-    _, (part_bd, acts_bk) = jax.lax.scan(chunk, None, (split(centred_bd), split(idx_bk), split(kept_bk)))
-    return part_bd.reshape(-1, d)[:b], acts_bk.reshape(-1, k)[:b]
+    found, revived = decode_selected(w_fd, b_enc_f, centred_bd, live, dead, any_dead)
+    on_bk = found.acts_bk > 0
+    counted_bk = (on_bk & counted_b[:, None]).astype(jnp.int32)
+    active_f = everywhere_zero(jax.ShapeDtypeStruct(b_enc_f.shape, jnp.int32)).at[live.idx_bk].add(counted_bk)
+    return Reconstruction(
+        x_hat_bd=jax.lax.psum(found.sum_bd, FEATURE) + b_dec_d,
+        dead_hat_bd=jnp.zeros_like(x_bd) if revived is None else jax.lax.psum(revived.sum_bd, FEATURE),
+        active_f=jax.lax.psum(active_f, DATA),
+        l0_b=jax.lax.psum(on_bk.sum(axis=1), FEATURE),
+    )

@@ -35,6 +35,7 @@ from fac_jax.config import SaeConfig, TrainConfig
 from fac_jax.errors import UserError
 from fac_jax.mesh import FEATURE, sharding
 from fac_jax.sae.model import Dead, TopKSAE, reconstruct
+from fac_jax.sae.sparse import selecting_dtype
 
 Params = dict[str, Array]
 SILENT_MAX = 2**30  # counts of silent rows stop here instead of overflowing
@@ -111,8 +112,7 @@ def pose(sae: SaeConfig, train: TrainConfig, d_model: int, median_norm: float) -
     if train.k_start > sae.features:
         raise UserError(f"train.k_start is {train.k_start}, more than sae.features {sae.features}: lower it")
     plain = train.compat == "official"
-    on_cpu = jax.default_backend() == "cpu"
-    auto = "float32" if plain or on_cpu else "bfloat16"
+    auto = "float32" if plain else selecting_dtype()
     return Problem(
         sae=sae,
         train=train,

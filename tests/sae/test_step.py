@@ -36,7 +36,9 @@ from fac_jax.sae.step import (
 
 GOLDEN = Path(__file__).parents[1] / "data" / "official_topk_sae.npz"
 SMALL = SaeConfig(features=64, k=4)
-QUICK = TrainConfig(steps=20, batch_rows=32, k_start=8, anneal_steps=10, dead_after_rows=100, aux_k=8)
+QUICK = TrainConfig(
+    steps=20, batch_rows=32, k_start=8, anneal_steps=10, dead_after_rows=100, aux_k=8, select_dtype="float32"
+)
 
 
 @pytest.fixture(scope="module")
