@@ -33,7 +33,8 @@ class Verb:
 
     help: str
     sections: tuple[str, ...]
-    function: Callable[[Config, str, dict[str, str]], None]
+    function: Callable[[Config, str, dict[str, str]], None] | None
+    """None for bench, which reads no config and has settings of its own."""
     needs_config: bool = True
 
 
@@ -79,6 +80,8 @@ def _dispatch(arguments: list[str]) -> int:
         print(f"fac has no verb {name!r}{suggest(name, VERBS)}; `fac --help` lists them", file=sys.stderr)
         return 2
     verb = VERBS[name]
+    if verb.function is None:
+        return _bench(rest)
     if "-h" in rest or "--help" in rest:
         _parse(name, verb, rest[0] if rest and not rest[0].startswith("-") else None, ["--help"])
         return 0
@@ -195,6 +198,12 @@ def _convert(config: Config, verb: str, options: dict[str, str]) -> None:
     print(f"written: {export_hf(config.backbone.model, options['to'])}")
 
 
+def _bench(arguments: list[str]) -> int:
+    from fac_jax.scale.bench import main as bench
+
+    return bench(arguments)
+
+
 def _doctor(config: Config, verb: str, options: dict[str, str]) -> None:
     """What this machine offers and what the config needs from it."""
     from fac_jax.doctor import checks
@@ -242,6 +251,7 @@ VERBS = {
     "report": Verb("one offline HTML page of the run", ("run",), _stage),
     "status": Verb("what is done, outdated or missing in the run directory", _ALL, _status),
     "convert": Verb("the backbone (a GGUF file, say) to a Hugging Face directory", ("backbone",), _convert),
+    "bench": Verb("`fac bench sae`: the training step beside published ones, on this machine", (), None),
     "doctor": Verb("what this machine offers, and whether the config can run on it", _ALL, _doctor, needs_config=False),
 }
 

@@ -108,18 +108,13 @@ def reconstruct(
         _reconstruct_shard, k_max=k_max, dead_k=dead.k if dead else None, select_dtype=select_dtype, mesh=mesh
     )
     dead_f = dead.dead_f if dead else jnp.zeros(sae.w_fd.shape[0], bool)
+    # An axis of one device is not named: a sum over it would still copy what it sums, the gradient of W among it.
+    rows, features = (P(axis) if mesh.shape[axis] > 1 else P() for axis in (DATA, FEATURE))
     sharded = jax.shard_map(
         core,
         mesh=mesh,
-        in_specs=(
-            *(TopKSAE.SPECS[name] for name in ("w_fd", "b_enc_f", "b_dec_d")),
-            P(DATA),
-            P(DATA),
-            P(),
-            P(FEATURE),
-            P(),
-        ),
-        out_specs=Reconstruction(P(DATA), P(DATA), P(FEATURE), P(DATA)),
+        in_specs=(features, features, P(), rows, rows, P(), features, P()),
+        out_specs=Reconstruction(rows, rows, features, rows),
     )
     arrays = sae.w_fd[...], sae.b_enc_f[...], sae.b_dec_d[...]
     return sharded(*arrays, x_bd, counted_b, jnp.asarray(k, jnp.int32), dead_f, dead_f.any())
@@ -141,18 +136,18 @@ def _reconstruct_shard(
     mesh: Mesh,
 ) -> Reconstruction:
     """One shard's rows and features; only kept values and partial reconstructions cross shards."""
-    axis = FEATURE if mesh.shape[FEATURE] > 1 else None
+    over_data, over_features = ((axis,) if mesh.shape[axis] > 1 else () for axis in (DATA, FEATURE))
     vary = partial(jax.lax.pcast, to="varying")  # the gradient of what devices share is summed over them
 
     def everywhere_zero(like: jax.ShapeDtypeStruct) -> Array:
-        return vary(jnp.zeros(like.shape, like.dtype), (DATA, FEATURE))
+        return vary(jnp.zeros(like.shape, like.dtype), over_data + over_features)
 
-    w_fd, b_enc_f = vary((w_fd, b_enc_f), DATA)
-    centred_bd = vary(x_bd, FEATURE) - vary(b_dec_d, (DATA, FEATURE))
+    w_fd, b_enc_f = vary((w_fd, b_enc_f), over_data)
+    centred_bd = vary(x_bd, over_features) - vary(b_dec_d, over_data + over_features)
     best = partial(select, w_fd, b_enc_f, centred_bd, select_dtype)
 
     def of_all_shards(found: Best, k: Array | int, k_max: int) -> Selected:
-        wins_b = winners(found.val_bk, k, k_max, axis)
+        wins_b = winners(found.val_bk, k, k_max, over_features)
         places_k = jnp.arange(found.val_bk.shape[1])
         return Selected(found.idx_bk, (places_k < wins_b[:, None]) & (found.val_bk > -jnp.inf))
 
@@ -176,8 +171,8 @@ def _reconstruct_shard(
     counted_bk = (on_bk & counted_b[:, None]).astype(jnp.int32)
     active_f = everywhere_zero(jax.ShapeDtypeStruct(b_enc_f.shape, jnp.int32)).at[live.idx_bk].add(counted_bk)
     return Reconstruction(
-        x_hat_bd=jax.lax.psum(found.sum_bd, FEATURE) + b_dec_d,
-        dead_hat_bd=jnp.zeros_like(x_bd) if revived is None else jax.lax.psum(revived.sum_bd, FEATURE),
-        active_f=jax.lax.psum(active_f, DATA),
-        l0_b=jax.lax.psum(on_bk.sum(axis=1), FEATURE),
+        x_hat_bd=jax.lax.psum(found.sum_bd, over_features) + b_dec_d,
+        dead_hat_bd=jnp.zeros_like(x_bd) if revived is None else jax.lax.psum(revived.sum_bd, over_features),
+        active_f=jax.lax.psum(active_f, over_data),
+        l0_b=jax.lax.psum(on_bk.sum(axis=1), over_features),
     )

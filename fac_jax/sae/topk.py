@@ -46,14 +46,16 @@ def top_k(x_bf: Float[Array, "b f"], k: int, mesh: Mesh | None = None) -> tuple[
     return sharded(x_bf)
 
 
-def winners(val_bk: Float[Array, "b k"], k: Int[Array, ""] | int, k_max: int, axis: str | None) -> Int[Array, " b"]:
+def winners(
+    val_bk: Float[Array, "b k"], k: Int[Array, ""] | int, k_max: int, axis: tuple[str, ...]
+) -> Int[Array, " b"]:
     """How many of this shard's best, sorted values are among the k best of all shards along mesh axis `axis`.
 
-    Call it inside `shard_map`; `axis` None means that this shard is the only one. `k` may be traced, `k_max` is its
+    Call it inside `shard_map`; an empty `axis` means that this shard is the only one. `k` may be traced, `k_max` is its
     bound; where the shards together offer fewer than k values, all of them win.
     """
     b, width = val_bk.shape
-    if axis is None:
+    if not axis:
         return jnp.full(b, jnp.minimum(k, width))
     gathered_bk = jax.lax.all_gather(val_bk, axis, axis=1, tiled=True)
     # Positions in the gathered list, best first: lax.top_k's tie rule prefers the lower shard, as it must.

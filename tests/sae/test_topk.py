@@ -58,7 +58,7 @@ def test_winners_are_the_global_top_k(kind: str, mesh_2x4: Mesh) -> None:
     def kept(x_bf: jax.Array, k: jax.Array) -> jax.Array:
         def core(x_bf: jax.Array, k: jax.Array) -> jax.Array:
             val_bk, idx_bk = jax.lax.top_k(x_bf, k_max)
-            keep_bk = jnp.arange(k_max) < winners(val_bk, k, k_max, FEATURE)[:, None]
+            keep_bk = jnp.arange(k_max) < winners(val_bk, k, k_max, (FEATURE,))[:, None]
             return jnp.zeros(x_bf.shape, bool).at[jnp.arange(len(x_bf))[:, None], idx_bk].set(keep_bk)
 
         return jax.shard_map(core, mesh=mesh_2x4, in_specs=(P(DATA, FEATURE), P()), out_specs=P(DATA, FEATURE))(x_bf, k)

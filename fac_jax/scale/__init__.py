@@ -1,0 +1,1 @@
+"""Throughput, measured side by side."""
