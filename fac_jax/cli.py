@@ -56,11 +56,11 @@ def main(arguments: list[str] | None = None) -> int:
         errors.print("stopped by Ctrl-C; everything committed is kept, and the same command goes on from it:")
         errors.print("  fac " + " ".join(arguments), markup=False)
         return 130
-    except OSError as error:
-        if error.errno != errno.ENOSPC:
+    except Exception as error:  # libraries say it in their own ways (orbax a ValueError, safetensors its own)
+        if getattr(error, "errno", None) != errno.ENOSPC and os.strerror(errno.ENOSPC) not in str(error):
             raise
         errors.print("[bold red]error:[/] ", end="")
-        place = f" at {error.filename}" if error.filename else ""
+        place = f" at {name}" if (name := getattr(error, "filename", None)) else ""
         errors.print(
             f"the disk is full{place}; free space and run the same command again, what is committed is kept",
             markup=False,
@@ -220,15 +220,6 @@ def _doctor(config: Config, verb: str, options: dict[str, str]) -> None:
 _ALL = tuple(section.name for section in dataclasses.fields(Config))
 _BASE = ("run", "mesh", "backbone", "data")
 
-OPTIONS = {
-    "run": {"on-bad-row": "stop|skip: what a malformed corpus row does, in every data set"},
-    "harvest": {"on-bad-row": "stop|skip: what a malformed corpus row does, in every data set"},
-    "scan": {
-        "data": "NAME: the data set to scan (default: the anchor, the seed and the held-out set)",
-        "on-bad-row": "stop|skip: what a malformed corpus row does, in every data set",
-    },
-    "convert": {"to": "FOLDER: the Hugging Face directory to write"},
-}
 
 VERBS = {
     "run": Verb("the whole pipeline, skipping what is done", _ALL, _run),
@@ -251,9 +242,15 @@ VERBS = {
     "report": Verb("one offline HTML page of the run", ("run",), _stage),
     "status": Verb("what is done, outdated or missing in the run directory", _ALL, _status),
     "convert": Verb("the backbone (a GGUF file, say) to a Hugging Face directory", ("backbone",), _convert),
-    "bench": Verb("`fac bench sae`: the training step beside published ones, on this machine", (), None),
+    "bench": Verb("`fac bench sae`: the training step beside published ones, on this machine", (), None, False),
     "doctor": Verb("what this machine offers, and whether the config can run on it", _ALL, _doctor, needs_config=False),
 }
+
+# Which rows were left out is part of what a product is made from, so every verb has to be told, as of any setting.
+_EVERY = {"on-bad-row": "stop|skip: what a malformed corpus row does, in every data set"}
+OPTIONS = {name: dict(_EVERY) for name, verb in VERBS.items() if verb.needs_config}
+OPTIONS["scan"]["data"] = "NAME: the data set to scan (default: the anchor, the seed and the held-out set)"
+OPTIONS["convert"] = {"to": "FOLDER: the Hugging Face directory to write"}
 
 
 if __name__ == "__main__":

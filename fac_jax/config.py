@@ -361,6 +361,10 @@ def load_config(path: str | Path) -> Config:
         raw = yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"config {path} does not exist; configs/quickstart.yaml is one to start from") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"config {path} is not UTF-8 text ({error.reason} at byte {error.start})") from None
+    except OSError as error:
+        raise UserError(f"config {path} cannot be read ({error.strerror}); name a YAML file") from None
     except yaml.YAMLError as error:
         raise UserError(f"config {path} is not valid YAML: {error}") from None
     return from_plain(Config, raw or {}, str(path))

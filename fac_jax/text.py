@@ -15,6 +15,7 @@ import json
 import logging
 import math
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from glob import glob
 from pathlib import Path
@@ -229,14 +230,29 @@ def _line_rows(file: Path, lines: io.TextIOWrapper, kind: str, text: str) -> Ite
         try:
             yield where, json.loads(line)
         except json.JSONDecodeError as error:
-            yield where, UserError(f"{where}: not valid JSON ({error.msg} at column {error.colno})")
+            yield where, UserError(f"{where}: {_json_error(error)}")
+
+
+def _json_error(error: json.JSONDecodeError) -> str:
+    return f"not valid JSON ({error.msg.removesuffix(' at')} at column {error.colno})"
 
 
 def _decoded(file: Path, lines: io.TextIOWrapper) -> Iterator[str]:
-    try:
+    with _readable(file):
         yield from lines
+
+
+@contextmanager
+def _readable(file: Path) -> Iterator[None]:
+    """A file that is no text, or a damaged archive, is named with what is wrong with it."""
+    try:
+        yield
     except UnicodeDecodeError as error:
         raise UserError(f"{file.name}: not UTF-8 text ({error.reason} at byte {error.start})") from None
+    except OSError as error:  # pyarrow's, of an archive that is cut short or is none; disks and permissions have errno
+        if error.errno is not None:
+            raise
+        raise UserError(f"{file.name}: cannot be unpacked ({error}); copy or download it again") from None
 
 
 def _csv_rows(file: Path, reader: csv.DictReader[str], skipped_lines: int) -> Iterator[tuple[str, Any]]:
@@ -271,11 +287,15 @@ def _parquet_rows(file: Path) -> Iterator[dict[str, Any]]:
 
 def _json_rows(file: Path, kind: str) -> Iterator[tuple[str, Any]]:
     try:
-        with _open_text(file) as stream:
+        with _readable(file), _open_text(file) as stream:
             value = json.load(stream)
     except json.JSONDecodeError as error:
-        raise UserError(f"{file.name}:{error.lineno}: not valid JSON ({error.msg} at column {error.colno})") from None
+        raise UserError(f"{file.name}:{error.lineno}: {_json_error(error)}") from None
+    if not isinstance(value, (dict, list)):
+        raise UserError(f"{file.name}: holds a JSON {type(value).__name__}, not a list or mapping of rows")
     if kind == "chitchat":
+        if isinstance(value, list):
+            raise UserError(f"{file.name}: a chitchat data set maps ids to conversations, this is a list")
         for key, conversation in value.items():
             yield f"{file.name}:{key}", _chitchat_turns(conversation)
         return

@@ -53,6 +53,14 @@ def test_a_missing_file_says_where_to_start() -> None:
         load_config("nowhere.yaml")
 
 
+def test_what_is_no_text_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="cannot be read .Is a directory.; name a YAML file"):
+        load_config(tmp_path)
+    (tmp_path / "a.yaml").write_bytes(b"\xff\xfe")
+    with pytest.raises(UserError, match="a.yaml is not UTF-8 text .invalid start byte at byte 0"):
+        load_config(tmp_path / "a.yaml")
+
+
 def test_an_unknown_data_set_lists_those_there_are() -> None:
     config = load_config(ROOT / "configs/quickstart.yaml")
     with pytest.raises(UserError, match=r"'ancor'.*did you mean 'anchor'.*chat, anchor, seed, heldout"):

@@ -101,6 +101,23 @@ def test_a_csv_row_with_too_few_fields_is_named(tmp_path: Path) -> None:
         list(read_documents(DataSet(sources=(Source(str(tmp_path / "a.csv"), label="label"),)), "x"))
 
 
+def test_files_that_cannot_be_read_are_named(tmp_path: Path) -> None:
+    """A damaged or false archive, text in another encoding, JSON that holds no rows: an error each, no traceback."""
+    whole = gzip.compress(json.dumps({"text": "x" * 9999}).encode() * 99)
+    contents = {
+        "cut.jsonl.gz": (whole[: len(whole) // 2], "cut.jsonl.gz: cannot be unpacked"),
+        "false.jsonl.gz": (b"this is no archive", "false.jsonl.gz: cannot be unpacked"),
+        "false.json.gz": (b"this is no archive", "false.json.gz: cannot be unpacked"),
+        "latin.jsonl": ('{"text": "caf\xe9"}'.encode("latin-1"), "latin.jsonl: not UTF-8 text"),
+        "latin.json": ('{"text": "caf\xe9"}'.encode("latin-1"), "latin.json: not UTF-8 text"),
+        "five.json": (b"5", "five.json: holds a JSON int, not a list or mapping of rows"),
+    }
+    for name, (content, message) in contents.items():
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(UserError, match=message):
+            list(read_documents(DataSet(sources=(Source(str(tmp_path / name)),)), "x"))
+
+
 def test_missing_and_empty_corpora_are_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no such file; mend the path"):
         resolve(str(tmp_path / "nothing*.jsonl"))
