@@ -57,7 +57,7 @@ class Bench:
     peers_python: str = sys.executable
     """Python that has torch and the peers installed."""
     steps: int = 4
-    """Timed steps a round, after two that warm up."""
+    """Timed steps a round, after four that warm up."""
     rounds: int = 2
     """Rounds; every contender runs once in each."""
     timeout_s: float = 1800.0

@@ -40,7 +40,7 @@ from fac_jax.sae.step import (
     pose,
 )
 
-WARM_UP = 2
+WARM_UP = 4  # memory is still being faulted in during the first few steps
 
 
 def main() -> None:

@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from torch.nn import functional
 
-WARM_UP = 2
+WARM_UP = 4  # memory is still being faulted in during the first few steps
 CHUNK_ELEMENTS = 2**20  # of gathered rows at a time: what the caches hold
 
 Step = Callable[[torch.Tensor], float]
