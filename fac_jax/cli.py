@@ -43,8 +43,9 @@ def main(arguments: list[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else arguments
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # it would say that torch is missing: not needed
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
-    for noisy in ("absl", "jax", "httpx", "orbax", "transformers"):
+    for noisy in ("absl", "jax", "httpx", "transformers", "huggingface_hub"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
+    logging.getLogger("orbax").setLevel(logging.CRITICAL)  # what it reports from its threads is raised as well
     errors = Console(stderr=True, highlight=False, soft_wrap=True)
     try:
         return _dispatch(arguments)
@@ -162,6 +163,8 @@ def _stage(config: Config, verb: str, options: dict[str, str]) -> None:
         names = [options["data"]] if "data" in options else scanned(config)
         stages.update({f"scan:{name}": scan_stage(config, name) for name in names if f"scan:{name}" not in stages})
         wanted = [f"scan:{name}" for name in names]
+    if not wanted:
+        raise UserError(f"fac {verb} has nothing to make: train.store or scan.sae names a product from elsewhere")
     with Run(config) as run:
         if verb == "report":  # alone it shows whatever is there; the page names the commands for the rest
             done = tuple(name for name, stage in stages.items() if run.state(stage, stages)[0] == "done")

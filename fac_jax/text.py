@@ -73,7 +73,7 @@ def resolve(path: str) -> list[Path]:
     found = sorted(Path(name) for name in glob(str(Path(pattern).expanduser()), recursive=True))
     files = [file for file in found if file.is_file()]
     if not files:
-        raise UserError(f"{path}: no such file; mend the path in the config's data section")
+        raise UserError(f"{path}: no such file; mend the path")
     return files
 
 
@@ -117,17 +117,13 @@ def read_documents(dataset: DataSet, name: str, skipped: list[str] | None = None
 
 
 def _source_documents(source: Source, on_bad_row: str, skipped: list[str]) -> Iterator[Document]:
+    """Documents of every file. A row may be left out; a file that cannot be read to its end always stops the run."""
     for file in resolve(source.path):
-        rows = _read_rows(file, source)
-        while True:
-            where = ""
+        for where, row in _read_rows(file, source):
             try:
-                where, row = next(rows)
                 if isinstance(row, UserError):
                     raise row
-                yield _row_document(row, source, where)
-            except StopIteration:
-                break
+                document = _row_document(row, source, where)
             except UserError as error:
                 if on_bad_row == "stop":
                     raise UserError(
@@ -135,6 +131,8 @@ def _source_documents(source: Source, on_bad_row: str, skipped: list[str]) -> It
                     ) from None
                 skipped.append(str(error))
                 log.warning("left out: %s", error)
+            else:
+                yield document
 
 
 def _row_document(row: Any, source: Source, where: str) -> Document:
@@ -193,7 +191,7 @@ def _read_rows(file: Path, source: Source) -> Iterator[tuple[str, Any]]:
     elif kind in ("json", "chitchat"):
         yield from _json_rows(file, kind)
     else:
-        with _open_text(file) as lines:
+        with _readable(file), _open_text(file, "surrogateescape") as lines:
             for _ in range(source.skip_lines):
                 lines.readline()
             if kind in ("csv", "tsv"):
@@ -214,15 +212,18 @@ def _format(file: Path, source: Source) -> str:
     return ending
 
 
-def _open_text(file: Path) -> io.TextIOWrapper:
+def _open_text(file: Path, errors: str = "strict") -> io.TextIOWrapper:
     codec = {".gz": "gzip", ".zst": "zstd"}.get(file.suffix)
-    return io.TextIOWrapper(pa.input_stream(str(file), compression=codec), encoding="utf-8", newline="")
+    return io.TextIOWrapper(pa.input_stream(str(file), compression=codec), encoding="utf-8", errors=errors, newline="")
 
 
 def _line_rows(file: Path, lines: io.TextIOWrapper, kind: str, text: str) -> Iterator[tuple[str, Any]]:
-    for number, line in enumerate(_decoded(file, lines), 1):
+    for number, line in enumerate(lines, 1):
         where = f"{file.name}:{number}"
         if not line.strip():
+            continue
+        if foreign := _foreign_byte(line):
+            yield where, UserError(f"{where}: not UTF-8 text (byte {foreign})")
             continue
         if kind == "txt":
             yield where, {text: line}
@@ -237,9 +238,9 @@ def _json_error(error: json.JSONDecodeError) -> str:
     return f"not valid JSON ({error.msg.removesuffix(' at')} at column {error.colno})"
 
 
-def _decoded(file: Path, lines: io.TextIOWrapper) -> Iterator[str]:
-    with _readable(file):
-        yield from lines
+def _foreign_byte(text: str) -> str | None:
+    """The first byte that is no UTF-8, as `surrogateescape` keeps it; None in text that is whole."""
+    return next((f"0x{ord(c) - 0xDC00:02x}" for c in text if "\udc80" <= c <= "\udcff"), None)
 
 
 @contextmanager
@@ -263,11 +264,14 @@ def _csv_rows(file: Path, reader: csv.DictReader[str], skipped_lines: int) -> It
             return
         except csv.Error as error:
             yield (
-                f"{file.name}:{reader.line_num + skipped_lines}",
-                UserError(f"{file.name}:{reader.line_num + skipped_lines}: not valid {file.suffix[1:]} ({error})"),
+                where := f"{file.name}:{reader.reader.line_num + skipped_lines}",
+                UserError(f"{where}: not valid {file.suffix[1:]} ({error})"),
             )
             continue
         where = f"{file.name}:{reader.line_num + skipped_lines}"
+        if foreign := _foreign_byte("".join(str(value) for value in row.values())):
+            yield where, UserError(f"{where}: not UTF-8 text (byte {foreign})")
+            continue
         if None in row or None in row.values():
             yield (
                 where,

@@ -60,6 +60,12 @@ def test_a_stage_without_its_inputs_names_the_command_that_makes_them(
     assert "Traceback" not in err
 
 
+def test_a_stage_that_another_product_replaces_says_so(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    (tmp_path / "manifest.json").write_text("{}")
+    status, _, err = run(capsys, "harvest", QUICKSTART, "--train.store", str(tmp_path))
+    assert status == 1 and "fac harvest has nothing to make: train.store or scan.sae names" in " ".join(err.split())
+
+
 def test_a_missing_model_and_a_missing_corpus_are_named(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     common = ("harvest", QUICKSTART, "--run.dir", str(tmp_path))
     status, _, err = run(capsys, *common, "--backbone.model", "pkg://no_such_package/m.gguf")

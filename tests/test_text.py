@@ -108,7 +108,8 @@ def test_files_that_cannot_be_read_are_named(tmp_path: Path) -> None:
         "cut.jsonl.gz": (whole[: len(whole) // 2], "cut.jsonl.gz: cannot be unpacked"),
         "false.jsonl.gz": (b"this is no archive", "false.jsonl.gz: cannot be unpacked"),
         "false.json.gz": (b"this is no archive", "false.json.gz: cannot be unpacked"),
-        "latin.jsonl": ('{"text": "caf\xe9"}'.encode("latin-1"), "latin.jsonl: not UTF-8 text"),
+        "latin.jsonl": ('{"text": "caf\xe9"}'.encode("latin-1"), "latin.jsonl:1: not UTF-8 text .byte 0xe9"),
+        "latin.csv": ("text\nfine\ncaf\xe9\n".encode("latin-1"), "latin.csv:3: not UTF-8 text .byte 0xe9"),
         "latin.json": ('{"text": "caf\xe9"}'.encode("latin-1"), "latin.json: not UTF-8 text"),
         "five.json": (b"5", "five.json: holds a JSON int, not a list or mapping of rows"),
     }
@@ -116,6 +117,25 @@ def test_files_that_cannot_be_read_are_named(tmp_path: Path) -> None:
         (tmp_path / name).write_bytes(content)
         with pytest.raises(UserError, match=message):
             list(read_documents(DataSet(sources=(Source(str(tmp_path / name)),)), "x"))
+
+
+def test_one_foreign_byte_costs_one_line(tmp_path: Path) -> None:
+    """Left out with its line number; every other line is there, before it and after it."""
+    lines = [json.dumps({"text": f"document {i}"}).encode() for i in range(2000)]
+    lines[300] = '{"text": "caf\xe9"}'.encode("latin-1")
+    (tmp_path / "a.jsonl").write_bytes(b"\n".join(lines))
+    skipped: list[str] = []
+    found = list(read_documents(DataSet((Source(str(tmp_path / "a.jsonl")),), on_bad_row="skip"), "x", skipped))
+    assert len(found) == 1999 and found[-1].text == "document 1999"
+    assert skipped == ["a.jsonl:301: not UTF-8 text (byte 0xe9)"]
+
+
+def test_a_file_that_ends_early_is_no_bad_row(tmp_path: Path) -> None:
+    """It stops the run also when bad rows are left out: what is missing cannot be counted."""
+    whole = gzip.compress(b"\n".join(json.dumps({"text": f"document {i}"}).encode() for i in range(9999)))
+    (tmp_path / "a.jsonl.gz").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(UserError, match="a.jsonl.gz: cannot be unpacked .*; copy or download it again$"):
+        list(read_documents(DataSet((Source(str(tmp_path / "a.jsonl.gz")),), on_bad_row="skip"), "x"))
 
 
 def test_missing_and_empty_corpora_are_named(tmp_path: Path) -> None:
