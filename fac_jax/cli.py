@@ -223,7 +223,6 @@ def _doctor(config: Config, verb: str, options: dict[str, str]) -> None:
 _ALL = tuple(section.name for section in dataclasses.fields(Config))
 _BASE = ("run", "mesh", "backbone", "data")
 
-
 VERBS = {
     "run": Verb("the whole pipeline, skipping what is done", _ALL, _run),
     "harvest": Verb("corpus to activation store", (*_BASE, "harvest"), _stage),

@@ -26,7 +26,7 @@ def checks(config: Config) -> Iterator[tuple[str, bool, str]]:
     """(name, whether it is well, what was found or what to do), one at a time as they are made."""
     yield "versions", True, ", ".join(f"{name} {version}" for name, version in versions().items())
     yield "devices", True, f"{jax.device_count()} x {jax.devices()[0].device_kind} ({jax.default_backend()})"
-    yield from _check("mesh", lambda: _mesh(config))
+    yield from _check("mesh", partial(_mesh, config))
     if config.data:
         yield from _check("model", partial(_model, config))
     for name in config.data:

@@ -38,6 +38,7 @@ PEERS = ("official", "sparsify", "sae_lens", "dictionary_learning")
 NAMES = (OURS, "hand_tuned", *PEERS)
 ALLOCATOR = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "2147483647"}
 """As in launch/install.sh; the same for every contender."""
+WARM_UP = 4  # memory is still being faulted in during the first few steps
 RATE_FEATURES = 16_384
 """Width at which the matmul rate is measured, at most: wider ones only need more memory."""
 
@@ -189,7 +190,8 @@ def _add(result: Result, found: Mapping[str, Any]) -> None:
 
 def _run(bench: Bench, shape: Shape, name: str, parts: bool) -> dict[str, Any]:
     """One contender, one round. One that runs out of memory or time, or falls over, is absent with the reason."""
-    asked = {"contender": name, **to_plain(shape), "k": bench.k, "dtype": bench.dtype, "steps": bench.steps}
+    asked = {"contender": name, **to_plain(shape), "k": bench.k, "dtype": bench.dtype}
+    asked |= {"warm_up": WARM_UP, "steps": bench.steps}
     if name == OURS:
         program = [sys.executable, "-m", "fac_jax.scale.sae_contender"]
     else:

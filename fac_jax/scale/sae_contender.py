@@ -1,7 +1,7 @@
 """fac_jax's own training step in a process of its own, as `fac bench sae` times it beside the torch ones.
 
     python -m fac_jax.scale.sae_contender '{"d_model": 768, "features": 16384, "batch": 1024, "k": 32,
-                                            "dtype": "bfloat16", "steps": 4, "parts": true}'
+                                            "dtype": "bfloat16", "warm_up": 4, "steps": 4, "parts": true}'
 
 The last line it prints is JSON: seconds of each step, peak memory in bytes, the last loss, and where the time goes.
 It is the step that `fac train` runs, metrics and auxiliary loss included. `parts` times the selection, the loss and
@@ -40,8 +40,6 @@ from fac_jax.sae.step import (
     pose,
 )
 
-WARM_UP = 4  # memory is still being faulted in during the first few steps
-
 
 def main() -> None:
     """Time the step that the argument describes."""
@@ -54,15 +52,15 @@ def main() -> None:
     batches = [Batch(x_bd, jnp.ones(batch_rows)) for x_bd in x_nbd]
     state, step = init_state(problem, np.zeros(d), 0, mesh), make_train_step(problem, mesh)
     seconds: list[float] = []
-    for i in range(WARM_UP + asked["steps"]):
+    for i in range(asked["warm_up"] + asked["steps"]):
         started = time.perf_counter()
         state, metrics = step(state, batches[i % 2])
         jax.block_until_ready((state, metrics))
         seconds.append(time.perf_counter() - started)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    found: dict[str, Any] = {"seconds": seconds[WARM_UP:], "peak_bytes": peak, "loss": float(metrics.loss)}
+    found: dict[str, Any] = {"seconds": seconds[asked["warm_up"] :], "peak_bytes": peak, "loss": float(metrics.loss)}
     if asked.get("parts"):
-        found["parts"] = parts(problem, state, batches[0], mesh, asked["steps"], min(seconds[WARM_UP:]))
+        found["parts"] = parts(problem, state, batches[0], mesh, asked["steps"], min(seconds[asked["warm_up"] :]))
     print(json.dumps({**found, "version": f"jax {versions()['jax']}"}))
 
 

@@ -3,7 +3,7 @@
 Run by path with whatever Python has the peers installed, so it imports nothing of fac_jax:
 
     python torch_contenders.py '{"contender": "sparsify", "d_model": 768, "features": 16384, "batch": 1024, "k": 32,
-                                 "dtype": "bfloat16", "steps": 4}'
+                                 "dtype": "bfloat16", "warm_up": 4, "steps": 4}'
 
 The last line it prints is JSON: seconds of each step, peak memory in bytes, the last loss; or why it cannot run.
 sparsify, sae_lens and dictionary_learning are the published packages, called as their own trainers call them, with
@@ -25,7 +25,6 @@ from typing import Any
 import torch
 from torch.nn import functional
 
-WARM_UP = 4  # memory is still being faulted in during the first few steps
 CHUNK_ELEMENTS = 2**20  # of gathered rows at a time: what the caches hold
 
 Step = Callable[[torch.Tensor], float]
@@ -182,12 +181,12 @@ def main() -> None:
     x_nbd = torch.randn(2, asked["batch"], asked["d_model"])
     seconds: list[float] = []
     loss = float("nan")
-    for i in range(WARM_UP + asked["steps"]):
+    for i in range(asked["warm_up"] + asked["steps"]):
         started = time.perf_counter()
         loss = step(x_nbd[i % 2])
         seconds.append(time.perf_counter() - started)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    found: dict[str, Any] = {"seconds": seconds[WARM_UP:], "peak_bytes": peak, "loss": loss}
+    found: dict[str, Any] = {"seconds": seconds[asked["warm_up"] :], "peak_bytes": peak, "loss": loss}
     print(json.dumps({**found, "version": f"{package} {version}"}))
 
 
