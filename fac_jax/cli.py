@@ -24,7 +24,7 @@ from fac_jax import __version__
 from fac_jax.config import Config, load_config
 from fac_jax.errors import UserError
 from fac_jax.plain import suggest
-from fac_jax.runs import Run
+from fac_jax.runs import Run, Stage
 
 
 @dataclass(frozen=True)
@@ -148,7 +148,10 @@ def _run(config: Config, verb: str, options: dict[str, str]) -> None:
 
     stages = pipeline(config)
     with Run(config) as run:
-        run_stages(run, stages, list(stages))
+        wanted = [name for name, stage in stages.items() if not stage.on_request]
+        run_stages(run, stages, [name for name in wanted if name != "report"])
+        stages["report"] = _report_on_done(run, stages)
+        run_stages(run, stages, ["report"])
         Console().print(summary(run.dir))
         print(f"report: {(run.dir / 'report' / 'index.html').resolve()}")
 
@@ -164,16 +167,29 @@ def _stage(config: Config, verb: str, options: dict[str, str]) -> None:
         stages.update({f"scan:{name}": scan_stage(config, name) for name in names if f"scan:{name}" not in stages})
         wanted = [f"scan:{name}" for name in names]
     if not wanted:
+        if verb == "splice":
+            raise UserError(
+                f"fac splice has nothing to measure: splice.documents is {config.splice.documents}, and harvest.data "
+                f"{config.harvest.data!r} must be one of the data sets ({', '.join(config.data) or 'none'})"
+            )
+        if verb == "sweep" and config.scan.sae is None:
+            raise UserError(
+                "fac sweep has nothing to train: say --sweep.k, --sweep.features, --sweep.variants or seeds"
+            )
         raise UserError(f"fac {verb} has nothing to make: train.store or scan.sae names a product from elsewhere")
     with Run(config) as run:
-        if verb == "report":  # alone it shows whatever is there; the page names the commands for the rest
-            done = tuple(name for name, stage in stages.items() if run.state(stage, stages)[0] == "done")
-            inputs = tuple(name for name in stages["report"].inputs if name in done)
-            stages["report"] = dataclasses.replace(stages["report"], inputs=inputs)
+        if verb == "report":
+            stages["report"] = _report_on_done(run, stages)
         for stage, record in run_stages(run, stages, wanted):
             print(f"{stage.name}: {run.folder(stage)}  ({record.seconds:.1f} s, {record.finished})")
             for key, value in record.summary.items():
                 print(f"  {key}: {value:,}" if isinstance(value, (int, float)) else f"  {key}: {value}")
+
+
+def _report_on_done(run: Run, stages: dict[str, Stage]) -> Stage:
+    """The report on whatever is there; the page names the commands for the rest."""
+    done = {name for name, stage in stages.items() if run.state(stage, stages)[0] == "done"}
+    return dataclasses.replace(stages["report"], inputs=tuple(n for n in stages["report"].inputs if n in done))
 
 
 def _status(config: Config, verb: str, options: dict[str, str]) -> None:
@@ -193,12 +209,35 @@ def _status(config: Config, verb: str, options: dict[str, str]) -> None:
 
 
 def _convert(config: Config, verb: str, options: dict[str, str]) -> None:
-    """Write the backbone as a Hugging Face directory, for servers that read no GGUF."""
+    """Write an SAE in another form, or the backbone as a Hugging Face directory, for servers that read no GGUF."""
+    if "to" not in options:
+        raise UserError("fac convert needs --to FOLDER, the folder to write")
+    if "sae" in options:
+        _convert_sae(options)
+        return
+    for name in ("format", "k"):
+        if name in options:
+            raise UserError(f"--{name} {options[name]} is for an SAE: name it with --sae")
+    if config == Config():
+        raise UserError("fac convert needs a CONFIG, whose backbone it converts, or --sae SAE")
     from fac_jax.backbone.export import export_hf
 
-    if "to" not in options:
-        raise UserError("fac convert needs --to FOLDER, the Hugging Face directory to write")
     print(f"written: {export_hf(config.backbone.model, options['to'])}")
+
+
+def _convert_sae(options: dict[str, str]) -> None:
+    form, k = options.get("format", "fac"), options.get("k")
+    if form not in ("fac", "sae_lens"):
+        raise UserError(f"--format is {form!r}{suggest(form, ('fac', 'sae_lens'))}; choose fac or sae_lens")
+    if k is not None and not k.isdecimal():
+        raise UserError(f"--k is {k!r}; it must be a whole number above 0")
+    from fac_jax.sae.convert import convert_sae
+
+    card = convert_sae(options["sae"], options["to"], typing.cast(typing.Any, form), None if k is None else int(k))
+    active = "a threshold each" if card.k is None else f"K {card.k}"
+    print(
+        f"written: {options['to']} ({card.features:,} features of width {card.d_model}, layer {card.layer}, {active})"
+    )
 
 
 def _bench(arguments: list[str]) -> int:
@@ -227,6 +266,13 @@ VERBS = {
     "run": Verb("the whole pipeline, skipping what is done", _ALL, _run),
     "harvest": Verb("corpus to activation store", (*_BASE, "harvest"), _stage),
     "train": Verb("activation store to sparse autoencoder", ("run", "mesh", "backbone", "sae", "train"), _stage),
+    "sweep": Verb(
+        "several autoencoders (k, width, kind, seed) from one reading of the store, side by side in the report",
+        *(("run", "mesh", "backbone", "sae", "train", "sweep"), _stage),
+    ),
+    "splice": Verb(
+        "the model's loss with the autoencoder spliced in", (*_BASE, "harvest", "train", "scan", "splice"), _stage
+    ),
     "scan": Verb(
         "a corpus to per-feature statistics, spans and per-sample peaks", (*_BASE, "coverage", "scan"), _stage
     ),
@@ -243,7 +289,10 @@ VERBS = {
     "finetune": Verb("a classifier with and without the synthetic samples", (*_BASE, "coverage", "finetune"), _stage),
     "report": Verb("one offline HTML page of the run", ("run",), _stage),
     "status": Verb("what is done, outdated or missing in the run directory", _ALL, _status),
-    "convert": Verb("the backbone (a GGUF file, say) to a Hugging Face directory", ("backbone",), _convert),
+    "convert": Verb(
+        "the backbone (a GGUF file, say) to a Hugging Face directory; with --sae, an SAE to another program's form",
+        *(("backbone",), _convert, False),
+    ),
     "bench": Verb("`fac bench sae`: the training step beside published ones, on this machine", (), None, False),
     "doctor": Verb("what this machine offers, and whether the config can run on it", _ALL, _doctor, needs_config=False),
 }
@@ -252,7 +301,15 @@ VERBS = {
 _EVERY = {"on-bad-row": "stop|skip: what a malformed corpus row does, in every data set"}
 OPTIONS = {name: dict(_EVERY) for name, verb in VERBS.items() if verb.needs_config}
 OPTIONS["scan"]["data"] = "NAME: the data set to scan (default: the anchor, the seed and the held-out set)"
-OPTIONS["convert"] = {"to": "FOLDER: the Hugging Face directory to write"}
+OPTIONS["convert"] = {
+    "to": "FOLDER: the folder to write, which must be empty or absent",
+    "sae": (
+        "SAE: convert this SAE and not the backbone (no CONFIG is needed): a folder of ours or of SAELens, a .pth file "
+        "that the paper's authors published, or a hub id OWNER/NAME or OWNER/NAME/FOLDER-OR-FILE-IN-IT"
+    ),
+    "format": "fac|sae_lens: with --sae, what to write (default: fac, which --scan.sae reads; it reads the others too)",
+    "k": "K: with --sae, another number of features that a token keeps (a .pth file may hold that of mid-training)",
+}
 
 
 if __name__ == "__main__":

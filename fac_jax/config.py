@@ -6,6 +6,8 @@ Every field's docstring is its `--help`; where the paper (arXiv 2602.10388) or i
 
 from __future__ import annotations
 
+import itertools
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -14,6 +16,8 @@ import yaml
 
 from fac_jax.errors import UserError
 from fac_jax.plain import from_plain, suggest, to_plain
+
+Variant = Literal["topk", "batchtopk", "jumprelu", "matryoshka"]
 
 
 def check(ok: bool, message: str) -> None:
@@ -135,17 +139,56 @@ class HarvestConfig:
 
 @dataclass(frozen=True)
 class SaeConfig:
-    """Shape of the sparse autoencoder."""
+    """Shape of the sparse autoencoder, and which of its features are active."""
 
     features: int = 65_536
     """Number of features (paper: 65,536)."""
     k: int = 20
-    """Features kept per token once annealing is over (paper: 20)."""
+    """Features kept per token once annealing is over (paper: 20); their mean for batchtopk, its target for jumprelu."""
+    activation: Literal["topk", "batchtopk", "jumprelu"] = "topk"
+    """topk: the k best of each token (paper). batchtopk: the best of the whole batch, k a token on average, and a
+    learned threshold afterwards (arXiv 2412.06410). jumprelu: a threshold per feature (arXiv 2407.14435)."""
+    tied: bool = True
+    """Whether the decoder's rows also encode (paper: yes)."""
+    matryoshka: tuple[float, ...] = ()
+    """Nested prefixes that must reconstruct alone, as growing fractions of the features that end in 1, such as
+    .0625 .125 .25 .5 1 (arXiv 2503.17547); empty: none (paper)."""
+    decoder_norm: Literal["free", "unit"] = "free"
+    """free: rows of the decoder have any norm (paper). unit: they are rescaled to 1 after every step (OpenAI)."""
+    row_cap: int = 4
+    """batchtopk: a token keeps at most row_cap x k features; metrics.jsonl counts the tokens that reach it."""
+    jump_width: float = 0.5
+    """jumprelu: width of the rectangle that stands for the gradient of a step, in units of rows scaled to a median
+    mean-square of 1."""
+    sparsity_coefficient: float = 1.0
+    """jumprelu: weight of (L0 / k - 1)^2 in the loss."""
 
     def __post_init__(self) -> None:
         check(
             0 < self.k <= self.features, f"sae.k is {self.k} and sae.features {self.features}; need 0 < k <= features"
         )
+        check(self.row_cap >= 1, f"sae.row_cap is {self.row_cap}; it must be at least 1")
+        check(self.jump_width > 0, f"sae.jump_width is {self.jump_width}; it must be above 0")
+        check(
+            self.sparsity_coefficient >= 0,
+            f"sae.sparsity_coefficient is {self.sparsity_coefficient}; it must not be negative",
+        )
+        ends = self.prefixes
+        check(
+            not ends
+            or (ends[0] >= 1 and ends[-1] == self.features and all(a < b for a, b in itertools.pairwise(ends))),
+            f"sae.matryoshka is {self.matryoshka}; it must grow, end in 1, and each part must hold a feature "
+            f"(of sae.features {self.features})",
+        )
+        check(
+            not ends or self.activation != "jumprelu",
+            "sae.matryoshka goes with sae.activation topk or batchtopk, not with jumprelu",
+        )
+
+    @property
+    def prefixes(self) -> tuple[int, ...]:
+        """Features in each nested prefix; empty without nesting."""
+        return tuple(round(share * self.features) for share in self.matryoshka)
 
 
 @dataclass(frozen=True)
@@ -153,25 +196,37 @@ class TrainConfig:
     """Store to SAE."""
 
     compat: Literal["none", "official"] = "none"
-    """official: the published code's initialisation, zero biases, K schedule, no row filter and no auxiliary loss."""
+    """official: the published code's initialisation, zero biases, Adam, no row filter and no auxiliary loss."""
     store: str | None = None
     """Activation store to train on; by default the run's own."""
+    init: str | None = None
+    """SAE to start from (folder, official .pth file, SAELens folder, or hub id); by default a random one."""
     steps: int = 10_000
     """Optimizer steps."""
     batch_rows: int = 4_096
     """Rows (tokens) in one step."""
+    optimizer: Literal["adam", "adafactor"] = "adam"
+    """adam keeps two numbers a parameter; adafactor (arXiv 1804.04235) one a row and a column: for very wide SAEs."""
+    weight_decay: float = 0.0
+    """Of the decoder and encoder rows, decoupled from the gradient (AdamW); code: 0."""
     learning_rate: float = 1e-3
-    """Adam's rate, constant after warm-up (paper: 1e-3)."""
+    """Rate after warm-up (paper: 1e-3)."""
+    learning_rate_schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """After warm-up: constant (paper), or falling to 0 at the last step."""
     warmup_steps: int = 0
     """Steps over which the rate rises linearly from 0."""
+    k_schedule: Literal["linear", "exponential", "official"] = "linear"
+    """How K falls from k_start to sae.k: linearly, by equal factors, or as the code does (linearly from 200 in 625
+    steps, so that the first K is 199 and K is 20 from step 621 on)."""
     k_start: int = 200
-    """K of the first step (code: 200, so that the first k used is 199)."""
+    """K that the schedule starts from (code: 200)."""
     anneal_steps: int = 625
-    """Steps over which K falls linearly to sae.k (code: half of the first epoch, 625)."""
+    """Steps over which K falls to sae.k (code: half of the first epoch, 625)."""
     aux_coefficient: float = 1 / 32
     """Weight of the auxiliary loss that revives dead features (0 turns it off)."""
-    aux_k: int = 256
-    """Dead features that share in the auxiliary reconstruction."""
+    aux_k: int | None = None
+    """Dead features of a token that share in the auxiliary reconstruction; by default half the residual's width
+    (Gao et al. 2024, A.2)."""
     dead_after_rows: int = 10_000_000
     """A feature is dead when it has not been active for this many rows."""
     norm_filter: float = 10.0
@@ -186,10 +241,14 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch_rows", "k_start", "aux_k", "dead_after_rows", "log_every", "checkpoint_every"):
-            check(getattr(self, name) >= 1, f"train.{name} is {getattr(self, name)}; it must be at least 1")
-        for name in ("warmup_steps", "anneal_steps", "aux_coefficient", "norm_filter"):
+            value = getattr(self, name)
+            check(value is None or value >= 1, f"train.{name} is {value}; it must be at least 1")
+        for name in ("warmup_steps", "anneal_steps", "aux_coefficient", "norm_filter", "weight_decay"):
             check(getattr(self, name) >= 0, f"train.{name} is {getattr(self, name)}; it must be at least 0")
-        check(self.learning_rate > 0, f"train.learning_rate is {self.learning_rate}; it must be above 0")
+        check(
+            0 < self.learning_rate < math.inf,
+            f"train.learning_rate is {self.learning_rate}; it must be above 0 and finite",
+        )
         check(
             self.k_start * self.anneal_steps < 2**31,
             f"train.k_start {self.k_start} x train.anneal_steps {self.anneal_steps} must be below 2^31; anneal faster",
@@ -197,17 +256,46 @@ class TrainConfig:
 
 
 @dataclass(frozen=True)
+class SweepConfig:
+    """Several SAEs from one reading of the store: all combinations of what is listed; what is not, is as in `sae`."""
+
+    k: tuple[int, ...] = ()
+    """Values of sae.k."""
+    features: tuple[int, ...] = ()
+    """Values of sae.features."""
+    variants: tuple[Variant, ...] = ()
+    """Values of sae.activation; matryoshka is sae.activation with sae.matryoshka (.0625 .125 .25 .5 1 if unset)."""
+    seeds: tuple[int, ...] = ()
+    """Seeds of the initialisation."""
+
+
+@dataclass(frozen=True)
 class ScanConfig:
     """Corpus to per-feature statistics and per-sample peaks."""
 
     acts: Literal["topk", "relu"] = "topk"
-    """Which activations count: topk as in the paper's formula, relu (top-k off) as in its code."""
+    """Which activations count: topk, the SAE's own (paper's formula; an SAE with a threshold keeps what exceeds it), or
+    relu, with top-k and threshold off (paper's code)."""
     sae: str | None = None
-    """SAE folder to scan with; by default the run's own."""
+    """SAE to scan with: folder, official .pth file, SAELens folder, or hub id; by default the run's own."""
     top_spans: int = 10
     """Top-scoring spans kept per feature (code: 10)."""
     span_tokens: int = 32
     """Tokens of a span, activating token included (code: 32)."""
+
+
+@dataclass(frozen=True)
+class SpliceConfig:
+    """The language model with the SAE spliced in: how much of its loss is recovered."""
+
+    documents: int = 64
+    """Held-out documents of harvest.data to measure on, the first ones of it; 0 leaves the stage out."""
+    new_tokens: int = 40
+    """Tokens of the greedy answer shown as a sample."""
+
+    def __post_init__(self) -> None:
+        for name, floor in {"documents": 0, "new_tokens": 1}.items():
+            check(getattr(self, name) >= floor, f"splice.{name} is {getattr(self, name)}; it must be at least {floor}")
 
 
 @dataclass(frozen=True)
@@ -336,6 +424,8 @@ class Config:
     harvest: HarvestConfig = HarvestConfig()
     sae: SaeConfig = SaeConfig()
     train: TrainConfig = TrainConfig()
+    sweep: SweepConfig = SweepConfig()
+    splice: SpliceConfig = SpliceConfig()
     scan: ScanConfig = ScanConfig()
     explain: ExplainConfig = ExplainConfig()
     judge: JudgeConfig = JudgeConfig()

@@ -1,9 +1,10 @@
 """The pipeline as a table: each stage, its product, the settings it reads and the products it is made from.
 
-    corpus -> activations -> sae -> scans -> explanations, relevance -> coverage
+    corpus -> activations -> sae -> splice, scans -> explanations, relevance -> coverage
            -> synthesis -> evaluation, selection, finetune -> report
 
-`fac run` walks the table in order; a verb makes the rows that carry its name. What a row lists under `settings` is all
+`fac run` walks the table in order, but for what is made on request only (`sweep`); a verb makes the rows that carry its
+name. What a row lists under `settings` is all
 that can change its product, so changing a threshold makes coverage and what follows again, and nothing before it.
 """
 
@@ -15,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from fac_jax.activations.harvest import harvest
-from fac_jax.config import Config, DataSet
+from fac_jax.config import Config, DataSet, SweepConfig
 from fac_jax.coverage.measure import coverage, evaluate
 from fac_jax.coverage.select import select
 from fac_jax.downstream.finetune import finetune
@@ -25,7 +26,9 @@ from fac_jax.features.judge import judge
 from fac_jax.features.task import load_task
 from fac_jax.report.page import report
 from fac_jax.runs import Record, Run, Stage, fingerprint
-from fac_jax.sae.train import train
+from fac_jax.sae.formats.source import fingerprints
+from fac_jax.sae.splice import splice
+from fac_jax.sae.train import sweep, train
 from fac_jax.scan.scan import scan
 from fac_jax.synthesis.synthesize import synthesize
 from fac_jax.text import resolve
@@ -43,6 +46,9 @@ def pipeline(config: Config) -> dict[str, Stage]:
     if config.scan.sae is None:
         store = () if config.train.store else ("activations",)
         stages.append(Stage("sae", "sae", "train", train, _train_settings(config), store))
+    if config.splice.documents and config.harvest.data in config.data:  # an SAE from outside may lack its corpus
+        made = tuple(stage.name for stage in stages)  # of store and SAE, those that this run makes
+        stages.append(Stage("splice", "splice", "splice", splice, _splice_settings(config), made))
     stages += [
         *(scan_stage(config, name) for name in scanned(config)),
         Stage(
@@ -72,6 +78,10 @@ def pipeline(config: Config) -> dict[str, Stage]:
             (anchor, seed, f"scan:{config.finetune.heldout}", "scan:kept", "scan:random"),
         ),
     ]
+    if config.sweep != SweepConfig() and config.scan.sae is None:
+        store = () if config.train.store else ("activations",)
+        asked = {"sweep": config.sweep, **_train_settings(config)}
+        stages.append(Stage("sweep", "sweep", "sweep", sweep, asked, store, on_request=True))
     stages.append(Stage("report", "report", "report", report, {}, tuple(stage.name for stage in stages)))
     return {stage.name: stage for stage in stages}
 
@@ -83,7 +93,7 @@ def scanned(config: Config) -> list[str]:
 
 def scan_stage(config: Config, name: str) -> Stage:
     """The scan of one data set; the sets that synthesis writes are read from its product."""
-    settings = {"scan": config.scan, **_backbone(config), "sae": external(config.scan.sae)}
+    settings = {"scan": config.scan, **_backbone(config), "sae": external_sae(config.scan.sae)}
     inputs = _sae_input(config)
     if name in WRITTEN:
         inputs = (*inputs, f"synthesis/{name}.jsonl")
@@ -107,7 +117,14 @@ def _harvest_settings(config: Config) -> dict[str, Any]:
 
 def _train_settings(config: Config) -> dict[str, Any]:
     settings = {"sae": config.sae, "train": config.train, "seed": config.run.seed}
-    return {**settings, "layer": config.backbone.layer, "store": external(config.train.store)}
+    outside = {"store": external_store(config.train.store), "init": external_sae(config.train.init)}
+    return {**settings, "layer": config.backbone.layer, **outside}
+
+
+def _splice_settings(config: Config) -> dict[str, Any]:
+    held_out = {"data": data_fingerprint(config, config.harvest.data), "fraction": config.harvest.validation_fraction}
+    outside = {"sae": external_sae(config.scan.sae), "store": external_store(config.train.store)}
+    return {"splice": config.splice, **_backbone(config), **held_out, **outside}
 
 
 def _writer(config: Config) -> dict[str, Any]:
@@ -117,7 +134,7 @@ def _writer(config: Config) -> dict[str, Any]:
 
 
 def _explain_settings(config: Config) -> dict[str, Any]:
-    sae = external(config.scan.sae)
+    sae = external_sae(config.scan.sae)
     return {"explain": config.explain, **_backbone(config), "sae": sae, "writer": _writer(config)}
 
 
@@ -127,7 +144,7 @@ def _judge_settings(config: Config) -> dict[str, Any]:
 
 def _synthesis_settings(config: Config) -> dict[str, Any]:
     settings = {"synthesize": config.synthesize, "threshold": config.coverage.threshold, "acts": config.scan.acts}
-    return {**settings, **_backbone(config), "sae": external(config.scan.sae), "writer": _writer(config)}
+    return {**settings, **_backbone(config), "sae": external_sae(config.scan.sae), "writer": _writer(config)}
 
 
 def data_fingerprint(config: Config, name: str) -> dict[str, Any]:
@@ -146,14 +163,19 @@ def model_fingerprint(source: str) -> str | list[str]:
     return source
 
 
-def external(folder: str | None) -> list[str] | None:
-    """Fingerprints of the description files of a store or SAE from outside the run."""
+def external_store(folder: str | None) -> list[str] | None:
+    """Fingerprints of the description files of a store from outside the run."""
     if folder is None:
         return None
     found = [f"{file.name}:{fingerprint(file)}" for file in sorted(Path(folder).glob("*.json"))]
     if not found:
-        raise UserError(f"{folder} is not a store or an SAE folder: it holds no description (*.json); mend the path")
+        raise UserError(f"{folder} is not a store: it holds no description (*.json); mend the path")
     return found
+
+
+def external_sae(source: str | None) -> list[str] | None:
+    """Fingerprints of an SAE from outside the run; one on the hub is downloaded for it, as every stage needs it."""
+    return None if source is None else fingerprints(source)
 
 
 def run_stages(run: Run, stages: Mapping[str, Stage], wanted: list[str]) -> list[tuple[Stage, Record]]:

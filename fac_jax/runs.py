@@ -15,6 +15,7 @@ import json
 import logging
 import os
 import platform
+import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -53,6 +54,8 @@ class Stage:
     """Every setting and fingerprint that changes the product (dataclasses and plain values)."""
     inputs: tuple[str, ...] = ()
     """Earlier stages by name; `coverage/missing.parquet` means that one file of the product and nothing else of it."""
+    on_request: bool = False
+    """Made by its own verb only, not by `fac run`; later stages use it if it is there."""
 
     @property
     def command(self) -> str:
@@ -234,6 +237,26 @@ def writing(path: Path) -> Iterator[Path]:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def writing_folder(folder: Path) -> Iterator[Path]:
+    """A temporary folder beside `folder` that becomes it when the block ends well, and vanishes when it does not.
+
+    Raises UserError when `folder` holds something already.
+    """
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UserError(f"{folder} already holds something; remove it or name another folder")
+    temporary = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    try:
+        yield temporary
+        if folder.exists():
+            folder.rmdir()
+        os.replace(temporary, folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def whole_lines(path: Path) -> list[bytes]:

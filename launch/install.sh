@@ -1,4 +1,4 @@
-# Sourced by quickstart.sh and test.sh: makes .venv beside this folder's parent and installs what is asked for, once.
+# Sourced by the other scripts: makes .venv beside this folder's parent and installs what is asked for, once.
 #   fac_install EXTRAS FILE...     EXTRAS: pyproject extras ("" for none); FILE: lists of data packages (files only, no dependencies)
 # A stamp in .venv holds the digest of everything that was installed from, so that a second call does nothing.
 # With a GPU or TPU the matching jax comes along: the same command then uses it.
@@ -38,5 +38,20 @@ fac_install() {
       "$ROOT/.venv/bin/python" -m pip install --quiet --disable-pip-version-check --no-deps --requirement "$list"
     done
     echo "$wanted" > "$stamp"
+  fi
+}
+
+# Published SAE trainers in an environment of their own, .venv/peers, once; its interpreter is then $PEERS_PYTHON.
+fac_install_peers() {
+  local peers="$ROOT/.venv/peers" list="$ROOT/launch/bench-peers.txt" wanted
+  PEERS_PYTHON="$peers/bin/python"
+  wanted="$(sha256sum < "$list")"
+  if [ "$(cat "$peers/installed" 2>/dev/null)" != "$wanted" ]; then
+    echo "installing the peers into .venv/peers" >&2
+    "${PYTHON:-python3}" -m venv --clear "$peers"
+    "$PEERS_PYTHON" -m pip install --quiet --disable-pip-version-check --requirement "$list"
+    # A torchvision that does not belong to this torch breaks every import of transformers; nothing here needs one.
+    "$PEERS_PYTHON" -m pip uninstall --quiet --yes torchvision
+    echo "$wanted" > "$peers/installed"
   fi
 }

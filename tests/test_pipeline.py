@@ -22,14 +22,15 @@ SMALL = (
     " --data.anchor.max-tokens 96 --data.anchor.sources.2.limit 40 --data.anchor.sample 0.4 --data.seed.sample 0.04"
     " --data.seed.max-tokens 96 --data.seed.sources.2.limit 10 --sae.features 512 --sae.k 8 --train.steps 40"
     " --train.batch-rows 512 --train.k-start 16 --train.anneal-steps 10 --train.checkpoint-every 10"
+    " --splice.documents 4 --splice.new-tokens 4"
     " --coverage.threshold 0 --synthesize.max-features 2 --synthesize.candidates 2 --synthesize.second-step 1"
     " --synthesize.max-new-tokens 24 --judge.false-discovery-rate 0.2"
 ).split()
 
 
-def command(folder: Path, *more: str) -> list[str]:
+def command(folder: Path, *more: str, verb: str = "run") -> list[str]:
     quickstart = str(ROOT / "configs/quickstart.yaml")
-    return [sys.executable, "-m", "fac_jax.cli", "run", quickstart, "--run.dir", str(folder), *SMALL, *more]
+    return [sys.executable, "-m", "fac_jax.cli", verb, quickstart, "--run.dir", str(folder), *SMALL, *more]
 
 
 def environment() -> dict[str, str]:
@@ -65,7 +66,7 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_every_stage_is_done_and_the_report_is_there(undisturbed: Path) -> None:
     stages = pipeline(load_config(undisturbed / "config.yaml"))
-    assert set(records(undisturbed)) == set(stages)
+    assert set(records(undisturbed)) == {name for name, stage in stages.items() if not stage.on_request}
     page = (undisturbed / "report/index.html").read_text()
     assert "<script" not in page and 'src="http' not in page and len(page) > 10_000
     coverage = json.loads((undisturbed / "evaluation/coverage.json").read_text())
@@ -101,3 +102,22 @@ def test_killed_again_and_again_it_ends_with_the_same_bytes(undisturbed: Path, t
     assert done.returncode == 0, done.stderr[-3000:]
     expected, found = bytes_of(undisturbed), bytes_of(folder)
     assert expected and {name for name in expected if expected[name] != found.get(name)} == set()
+
+
+def test_a_sweep_is_made_on_request_and_then_reported(undisturbed: Path) -> None:
+    """On the store of the run; the report shows it, and a further run neither makes it again nor loses it."""
+    asked = ("--sweep.k", "8", "--sweep.features", "256", "--sweep.variants", "topk", "jumprelu")
+    before = records(undisturbed)
+    for verb in ("sweep", "report", "run"):
+        done = subprocess.run(
+            command(undisturbed, *asked, verb=verb), env=environment(), capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stderr[-3000:]
+        if verb == "sweep":
+            assert "topk-256-k8-seed0: fvu" in done.stdout and "jumprelu-256-k8-seed0: fvu" in done.stdout
+        if verb == "report":
+            reported = records(undisturbed)
+    after = records(undisturbed)
+    assert after == reported and set(after) == {*before, "sweep"}
+    assert {name for name in before if after[name] != before[name]} == {"report"}
+    assert "FVU, 256 features" in (undisturbed / "report/index.html").read_text()

@@ -85,6 +85,11 @@ def describe(config: Config, loaded: Loaded, writers: int) -> Manifest:
     )
 
 
+def held_out(document_id: str, validation_fraction: float) -> bool:
+    """Whether a document's rows are held out of training: fixed by its content."""
+    return document_hash(document_id, "validation") < validation_fraction
+
+
 def writer_name(index: int) -> str:
     """Name of the writer that is process `index`."""
     return f"p{index:04d}"
@@ -163,7 +168,7 @@ def _store(
     slot = batch.slot.reshape(-1)[chosen]
     documents = [item.document.id for item in batch.documents]
     ids = np.asarray([int(name, 16) for name in documents], np.uint64)
-    held_out = np.asarray([document_hash(name, "validation") < validation_fraction for name in documents], bool)
+    held = np.asarray([held_out(name, validation_fraction) for name in documents], bool)
     resid_nd = np.asarray(resid_btd).reshape(-1, resid_btd.shape[-1])
     rows = Rows(
         resid=resid_nd.view(np.uint16)[chosen].view(ml_dtypes.bfloat16),
@@ -171,7 +176,7 @@ def _store(
         position=batch.positions.reshape(-1)[chosen],
         token=batch.tokens.reshape(-1)[chosen],
     )
-    writer.append(batch.first, counts, rows, held_out[slot])
+    writer.append(batch.first, counts, rows, held[slot])
 
 
 def _counted(counts: Mapping[str, int], batch: PackedBatch, max_tokens: int) -> dict[str, int]:

@@ -67,7 +67,7 @@ def make_decoder(loaded: Loaded) -> Decoder:
     """Decoder of a whole backbone on its mesh: slots over `data`, key-value heads over `feature` where it divides."""
     config, mesh = loaded.config, loaded.mesh
     graph, state = nnx.split(loaded.model)
-    stacked = loaded.model.stacked(config.n_layers)
+    stacked = loaded.model.stacked(0, config.n_layers)
     blocks = [_take(stacked, i) for i in range(config.n_layers)]
     heads = FEATURE if config.n_kv_heads % mesh.shape[FEATURE] == 0 else None
     alone, shared = sharding(mesh, None, heads, None, None), sharding(mesh, DATA, heads, None, None)

@@ -5,8 +5,6 @@ index when they are large) and the tokenizer into a folder that appears only whe
 """
 
 import json
-import os
-import shutil
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +14,7 @@ from fac_jax.backbone import gguf_file
 from fac_jax.backbone.hf_folder import INDEX, SINGLE
 from fac_jax.backbone.weights import DTYPES, load_tokenizer, open_model
 from fac_jax.errors import UserError
+from fac_jax.runs import writing_folder
 from fac_jax.text import resolve
 
 BYTES_PER_FILE = 2 * 2**30
@@ -32,19 +31,12 @@ def export_hf(source: str, folder: str | Path, dtype: str = "float32", bytes_per
         raise UserError(f"{source} is no .gguf file; a Hugging Face model needs no conversion")
     if dtype not in DTYPES:
         raise UserError(f"dtype is {dtype!r}; choose from {list(DTYPES)}")
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise UserError(f"{folder} already holds something; remove it or name another folder")
     open_model(source)  # refuses what cannot be read before anything is written
     path = resolve(source)[0]
-    partial = folder.with_name(f".{folder.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    _write_configs(path, partial, dtype)
-    _write_weights(path, partial, DTYPES[dtype], bytes_per_file)
-    load_tokenizer(source).save_pretrained(partial)
-    if folder.exists():
-        folder.rmdir()
-    os.replace(partial, folder)
+    with writing_folder(folder) as partial:
+        _write_configs(path, partial, dtype)
+        _write_weights(path, partial, DTYPES[dtype], bytes_per_file)
+        load_tokenizer(source).save_pretrained(partial)
     return folder
 
 

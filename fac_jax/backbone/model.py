@@ -95,14 +95,14 @@ class Backbone(nnx.Module):
         self.final_norm = nnx.Param(arrays["final_norm"]) if "final_norm" in arrays else None
         self.unembed_vd = nnx.Param(arrays["unembed_vd"]) if "unembed_vd" in arrays else None
 
-    def stacked(self, layer: int) -> Tree:
-        """Raw arrays of the first `layer` blocks, with each block's attention window."""
-        if layer > self.layers:
-            raise UserError(f"residual after {layer} blocks asked of a backbone of which {self.layers} are loaded")
-        windows = [NO_WINDOW if window is None else window for window in self.config.sliding_windows[:layer]]
+    def stacked(self, first: int, last: int) -> Tree:
+        """Raw arrays of blocks `first` to `last` - 1, with each block's attention window."""
+        if last > self.layers:
+            raise UserError(f"residual after {last} blocks asked of a backbone of which {self.layers} are loaded")
+        windows = [NO_WINDOW if window is None else window for window in self.config.sliding_windows[first:last]]
         arrays = {name: value[...] for name, value in self.blocks.items()}
-        if layer < self.layers:
-            arrays = {name: value[:layer] for name, value in arrays.items()}
+        if (first, last) != (0, self.layers):
+            arrays = {name: value[first:last] for name, value in arrays.items()}
         return arrays | {"window": jnp.asarray(windows, jnp.int32)}
 
 
@@ -118,7 +118,18 @@ def residual(
     At `layer == n_layers` it is the stream *before* the final norm, where Hugging Face's last entry is after it.
     Attention stays inside a segment and looks back only; positions restart with each document.
     """
-    x_btd = embed(model, tokens_bt)
+    return run_blocks(model, embed(model, tokens_bt), segments_bt, positions_bt, 0, layer)
+
+
+def run_blocks(
+    model: Backbone,
+    x_btd: Float[Array, "b t d"],
+    segments_bt: Int[Array, "b t"],
+    positions_bt: Int[Array, "b t"],
+    first: int,
+    last: int,
+) -> Float[Array, "b t d"]:
+    """Residual stream after `last` blocks, float32, from the stream after `first` blocks."""
 
     def step(x_btd: Array, block: Tree) -> tuple[Array, None]:
         def attend(q: Array, k: Array, v: Array) -> tuple[Array, None]:
@@ -126,7 +137,7 @@ def residual(
 
         return apply_block(model.config, block, x_btd, positions_bt, attend)
 
-    return jax.lax.scan(step, x_btd, model.stacked(layer))[0]
+    return jax.lax.scan(step, x_btd, model.stacked(first, last))[0]
 
 
 def logits(model: Backbone, resid_btd: Float[Array, "b t d"]) -> Float[Array, "b t v"]:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from fac_jax.config import DataSet, Source, to_yaml
-from fac_jax.report.blocks import Section, absent, chip, numbers, table, texts
+from fac_jax.report.blocks import Section, absent, chip, entry, facts, numbers, table, texts, veil
 from fac_jax.report.figures import Series, line_figure, number
 from fac_jax.report.markup import Html, join, tag
 from fac_jax.report.products import Row, RunView
@@ -23,6 +23,17 @@ QUALITY = {
     "rows_left_out": ("Rows left out", "norm beyond the filter of training"),
 }
 """Held-out metrics of an autoencoder: name and meaning."""
+
+SPLICED = {
+    "ce_clean": ("Cross entropy, clean", "nats per predicted token, of the language model as it is"),
+    "ce_spliced": ("Cross entropy, spliced", "the residual of the user's tokens replaced by its reconstruction"),
+    "ce_zero": ("Cross entropy, zero", "that residual replaced by zero"),
+    "ce_mean": ("Cross entropy, mean", "that residual replaced by its mean over the training rows"),
+    "loss_recovered": ("Loss recovered", "share of what zero ablation costs that the reconstruction saves"),
+    "loss_recovered_mean": ("Loss recovered, mean", "the same against mean ablation"),
+    "kl": ("KL divergence", "nats from the clean to the spliced prediction"),
+}
+"""Losses of the language model with the autoencoder spliced in: name and meaning."""
 
 METHODS = {
     ("explanations", "embedded"): (
@@ -150,10 +161,11 @@ def _taken(dataset: DataSet, source: Source) -> str:
 
 
 def training(view: RunView) -> Section:
-    """The autoencoder's curves, and its quality on held-out rows."""
+    """The autoencoder's curves, its quality on held-out rows, and what the language model loses with it."""
     title, short = "Training the autoencoder", "Training"
     if view.sae is None:
-        return Section("training", short, title, absent("A trained autoencoder", "fac train CONFIG"))
+        lacks = absent("A trained autoencoder", "fac train CONFIG")
+        return Section("training", short, title, join(lacks, _spliced(view.splice)))
 
     def curve(key: str, colour: int) -> list[Series]:
         return [Series(key, [(line["step"], line[key]) for line in view.curve if line.get(key) is not None], colour)]
@@ -166,7 +178,30 @@ def training(view: RunView) -> Section:
     ]
     rows = [[*QUALITY.get(key, (key, "")), number(value)] for key, value in view.sae["metrics"].items()]
     columns = [*texts("On held-out rows", "Meaning"), *numbers("Value")]
-    return Section("training", short, title, join(tag("div", figures, class_="figures"), table(columns, rows)))
+    body = join(tag("div", figures, class_="figures"), table(columns, rows), _spliced(view.splice))
+    return Section("training", short, title, body)
+
+
+def _spliced(found: Row | None) -> Html | None:
+    """Losses with the autoencoder in the language model, and two answers to look at."""
+    if found is None:
+        return None
+    caption = (
+        f"The autoencoder inside the language model: {found['tokens']:,} predictions in {found['documents']:,} "
+        "held-out documents"
+    )
+    rows = [[*said, "–" if found[key] is None else number(found[key])] for key, said in SPLICED.items()]
+    sample = found["sample"]
+    side = facts("temperature 0", "a sample, not a measurement")
+    answers = [
+        tag("p", tag("span", f"{name.capitalize()}: ", class_="quiet"), veil(sample[name]))
+        for name in ("prompt", "clean", "spliced")
+    ]
+    summary = tag("summary", "One answer of the language model, with and without the autoencoder")
+    return join(
+        table([*texts("Figure", "Meaning"), *numbers("Value")], rows, caption),
+        tag("details", summary, entry("Sample", side, answers)),
+    )
 
 
 def methods(view: RunView) -> Section:

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from fac_jax.report.markup import Html, join, tag
 
 WIDTH = 340
+MARKED_POINTS = 8  # a line of so few points shows each of them
 
 
 @dataclass(frozen=True)
@@ -79,6 +80,8 @@ def line_figure(title: str, series: Sequence[Series], x_label: str, height: int 
             marks.append(tag("circle", cx=x_at(s.points[0][0]), cy=y_at(s.points[0][1]), r=3, class_=f"fill{s.colour}"))
         else:
             marks.append(tag("polyline", points=path, class_=f"line line{s.colour}"))
+            if len(s.points) <= MARKED_POINTS:
+                marks += [tag("circle", cx=x_at(x), cy=y_at(y), r=2.5, class_=f"fill{s.colour}") for x, y in s.points]
     last = ", ".join(f"{s.name} ends at {number(s.points[-1][1])}" for s in series)
     return _figure(
         title, f"{title} against {x_label}: {last}.", height, marks, _legend(series, left) if legend else None

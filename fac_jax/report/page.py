@@ -19,6 +19,7 @@ from fac_jax.report import apparatus, gain, gap
 from fac_jax.report.blocks import Section, render
 from fac_jax.report.markup import Html, tag
 from fac_jax.report.products import RunView, read_view
+from fac_jax.report.sweep import sweep
 from fac_jax.report.verdict import headline, key_numbers, verdict
 from fac_jax.runs import write_text
 
@@ -62,6 +63,7 @@ def _sections(view: RunView) -> list[Section]:
         gain.selection(view),
         apparatus.what_was_run(view),
         apparatus.training(view),
+        *sweep(view),
         apparatus.methods(view),
         apparatus.limits(view),
         apparatus.provenance(view),

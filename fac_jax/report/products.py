@@ -22,6 +22,8 @@ Row = Mapping[str, Any]
 STAGES = (
     "activations",
     "sae",
+    "splice",
+    "sweep",
     "explanations",
     "relevance",
     "coverage",
@@ -90,6 +92,10 @@ class RunView:
     """Lines of metrics.jsonl."""
     sae: Row | None
     """The SAE's config.json."""
+    splice: Row | None
+    """The language model's losses with the SAE spliced in, and a sample answer."""
+    sweep: Row | None
+    """sweep.json: several SAEs side by side."""
     scans: Mapping[str, Row]
     """scan.json of each data set by name."""
     coverage: Row | None
@@ -135,6 +141,8 @@ def read_view(run_dir: Path, config: Config) -> RunView:
         records=records,
         curve=_lines(done["sae"] / "metrics.jsonl") if "sae" in done else [],
         sae=_json(done["sae"] / "config.json") if "sae" in done else None,
+        splice=_json(done["splice"] / "splice.json") if "splice" in done else None,
+        sweep=_json(done["sweep"] / "sweep.json") if "sweep" in done else None,
         scans={n.removeprefix("scan:"): _json(f / "scan.json") for n, f in done.items() if n.startswith("scan:")},
         coverage=_json(done["coverage"] / "coverage.json") if "coverage" in done else None,
         missing=_missing(done, config),

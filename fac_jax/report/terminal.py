@@ -22,6 +22,15 @@ SHOWN = 8
 """Missing features listed."""
 QUALITY = {"fvu": "FVU", "normalised_loss": "normalised loss", "l0": "L0", "dead_fraction": "dead"}
 """Held-out metrics of the autoencoder that are shown."""
+SPLICED = {
+    "ce_clean": "clean",
+    "ce_spliced": "spliced",
+    "ce_zero": "zero",
+    "ce_mean": "mean",
+    "loss_recovered": "loss recovered",
+    "kl": "KL",
+}
+"""Losses with the autoencoder inside the language model that are shown."""
 
 
 def summary(run_dir: Path) -> RenderableType:
@@ -30,9 +39,13 @@ def summary(run_dir: Path) -> RenderableType:
 
 
 def render(view: RunView) -> RenderableType:
-    """Headline, findings, and a table for each of training, coverage, missing features and classifier."""
+    """Headline, findings, and a table for each of training, splice, coverage, missing features and classifier."""
     sentences = [Padding(Text(f"• {sentence}"), (0, 0, 0, 2)) for sentence in verdict(view)]
-    tables = [table for table in (_training(view), _coverage(view), _missing(view), _classifier(view)) if table]
+    tables = [
+        table
+        for table in (_training(view), _spliced(view), _coverage(view), _missing(view), _classifier(view))
+        if table
+    ]
     spaced = [part for table in tables for part in (Text(), table)]
     return Group(Text(), Text(headline(view), style="bold"), *sentences, *spaced, Text())
 
@@ -53,6 +66,16 @@ def _training(view: RunView) -> Table | None:
     metrics = {name: view.sae["metrics"][key] for key, name in QUALITY.items()}
     table = _table("Autoencoder, on held-out rows", "features", "K", *metrics)
     table.add_row(f"{view.sae['features']:,}", str(view.sae["k"]), *(f"{value:.3g}" for value in metrics.values()))
+    return table
+
+
+def _spliced(view: RunView) -> Table | None:
+    if view.splice is None:
+        return None
+    shown = {name: "–" if view.splice[key] is None else f"{view.splice[key]:.3f}" for key, name in SPLICED.items()}
+    title = f"Language model's cross entropy with the autoencoder, {view.splice['tokens']:,} held-out predictions"
+    table = _table(title, "documents", *shown)
+    table.add_row(f"{view.splice['documents']:,}", *shown.values())
     return table
 
 

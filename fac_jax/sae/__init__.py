@@ -1,1 +1,1 @@
-"""The tied Top-K sparse autoencoder: its forward pass, exact top-k, training, validation figures and files."""
+"""The sparse autoencoder: its kinds, exact top-k, training, validation figures, files, and its effect on the model."""

@@ -2,8 +2,9 @@
 
     checkpoints/STEP/state, meta   orbax; meta holds shape, type and digest of every leaf, because orbax itself loads a
                                    flipped bit silently and reports a wrong shape as something else
-    sae.safetensors                W_dec [features, d_model] (row f encodes and decodes feature f), b_enc [features],
-                                   b_dec [d_model], all float32, for raw residuals: scaled by nothing
+    sae.safetensors                W_dec [features, d_model] (row f is the direction of feature f, and encodes it too
+                                   unless there is a W_enc of the same shape), b_enc [features], b_dec [d_model], and
+                                   threshold [features] unless top-k decides; float32, for raw residuals
     config.json                    `SaeCard`: k, where the residuals came from, how long it was trained, how good it is
 
 The only module that uses orbax.
@@ -14,7 +15,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -32,11 +33,15 @@ from fac_jax.errors import UserError, first_line
 from fac_jax.mesh import FEATURE, sharding
 from fac_jax.plain import from_plain, to_plain
 from fac_jax.runs import write_text, writing
-from fac_jax.sae.model import TopKSAE
+from fac_jax.sae.formats.source import check_k, locate, read_foreign
+from fac_jax.sae.model import SAE
 
 State = TypeVar("State")
-FORMAT = 1
-TENSORS = {"W_dec": "w_fd", "b_enc": "b_enc_f", "b_dec": "b_dec_d"}  # name in the file -> attribute of TopKSAE
+FORMAT = 2
+# name in the file -> attribute of SAE; the last two are not in every file
+TENSORS = {
+    "W_dec": "w_fd", "b_enc": "b_enc_f", "b_dec": "b_dec_d", "W_enc": "w_enc_fd", "threshold": "threshold_f"
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -45,14 +50,17 @@ class SaeCard:
 
     format: int
     features: int
-    k: int
+    k: int | None
+    """Features a row keeps; None where a threshold decides."""
     d_model: int
     layer: int
     """Blocks applied before the residual was read."""
+    variant: str
+    """topk, batchtopk, jumprelu or matryoshka as it was trained; of an SAE from elsewhere, what its file says."""
     model: str
     """Backbone as it was named in the config."""
-    model_digest: str
-    """Digest of the backbone's weights and config."""
+    model_digest: str | None
+    """Digest of the backbone's weights and config; None for an SAE from elsewhere, which does not know it."""
     rows: int
     """Rows (tokens) it was trained on, repetitions included."""
     steps: int
@@ -71,20 +79,24 @@ class SaeCard:
 class LoadedSae:
     """A finished SAE and what it was made for."""
 
-    sae: TopKSAE
+    sae: SAE
     features: int
-    k: int
+    k: int | None
+    """Features a row keeps; None where a threshold decides."""
     d_model: int
     digest: str
     layer: int
     model: str
-    model_digest: str
+    model_digest: str | None
 
 
-def save_sae(folder: Path, sae: TopKSAE, card: Mapping[str, Any]) -> SaeCard:
+def save_sae(folder: Path, sae: SAE, card: Mapping[str, Any]) -> SaeCard:
     """Write sae.safetensors and then config.json; `card` has the fields of `SaeCard` that the arrays do not give."""
-    arrays = {name: np.asarray(multihost_utils.process_allgather(getattr(sae, attribute)[...], tiled=True))
-              for name, attribute in TENSORS.items()}  # fmt: skip
+    arrays = {
+        name: np.asarray(multihost_utils.process_allgather(parameter[...], tiled=True))
+        for name, attribute in TENSORS.items()
+        if (parameter := getattr(sae, attribute)) is not None
+    }
     features, d_model = arrays["W_dec"].shape
     tensors = {name: _sha256(array) for name, array in arrays.items()}
     full = SaeCard(format=FORMAT, features=features, d_model=d_model, tensors=tensors, **card)
@@ -97,43 +109,60 @@ def save_sae(folder: Path, sae: TopKSAE, card: Mapping[str, Any]) -> SaeCard:
 
 
 def load_sae(
-    folder: str | Path,
+    source: str | Path,
     mesh: Mesh,
     expect_d_model: int | None = None,
     expect_layer: int | None = None,
     expect_model_digest: str | None = None,
 ) -> LoadedSae:
-    """Load a finished SAE onto `mesh`, features sharded; each device reads its own rows.
+    """Load a finished SAE onto `mesh`, features sharded: ours or another program's, here or on the hub (`source.py`).
 
     Raises UserError when there is none, a file is damaged (the tensor is named), or it was made for another width,
-    layer or backbone than is expected.
+    layer or backbone than is expected. The backbone of an SAE from elsewhere is not known, so it is not checked.
     """
-    folder = Path(folder)
-    card = read_card(folder)
+    card, arrays = read_sae(source)
     if expect_d_model not in (None, card.d_model):
         raise UserError(
-            f"SAE in {folder} reads width {card.d_model}, backbone has {expect_d_model}: "
+            f"SAE in {source} reads width {card.d_model}, backbone has {expect_d_model}: "
             f"it was trained on {card.model}; load that model or train an SAE for this one"
         )
     if expect_layer not in (None, card.layer):
         raise UserError(
-            f"SAE in {folder} was trained on layer {card.layer}, config asks {expect_layer}: "
+            f"SAE in {source} was trained on layer {card.layer}, config asks {expect_layer}: "
             f"set backbone.layer to {card.layer} or run `fac train` for layer {expect_layer}"
         )
-    if expect_model_digest not in (None, card.model_digest):
+    if card.model_digest is not None and expect_model_digest not in (None, card.model_digest):
         raise UserError(
-            f"SAE in {folder} was trained on {card.model} (digest {card.model_digest}), the backbone loaded has digest "
+            f"SAE in {source} was trained on {card.model} (digest {card.model_digest}), the backbone loaded has digest "
             f"{expect_model_digest}: set backbone.model to the one it was trained on or run `fac train` again"
         )
     if card.features % mesh.shape[FEATURE]:
         raise UserError(
-            f"SAE in {folder} has {card.features} features, which {mesh.shape[FEATURE]} shards cannot share equally: "
+            f"SAE in {source} has {card.features} features, which {mesh.shape[FEATURE]} shards cannot share equally: "
             f"choose a mesh.feature that divides {card.features}"
         )
-    arrays = _read_tensors(folder / "sae.safetensors", card, mesh)
-    return LoadedSae(
-        TopKSAE(**arrays), card.features, card.k, card.d_model, card.digest, card.layer, card.model, card.model_digest
-    )
+    sae = SAE(**{name: jax.device_put(array, sharding(mesh, *SAE.SPECS[name])) for name, array in arrays.items()})
+    return LoadedSae(sae, card.features, card.k, card.d_model, card.digest, card.layer, card.model, card.model_digest)
+
+
+def read_sae(source: str | Path, k: int | None = None) -> tuple[SaeCard, dict[str, np.ndarray]]:
+    """The card of an SAE and its arrays on the host by attribute of `SAE`; `source` as for `load_sae`.
+
+    `k` replaces the K of a Top-K SAE (what was measured with the old one is then left out of the card).
+    """
+    found = locate(source)
+    if found.form != "fac":
+        foreign = read_foreign(source, k)
+        tensors = {name: foreign.arrays[key] for name, key in TENSORS.items() if key in foreign.arrays}
+        features, d_model = tensors["W_dec"].shape
+        digests = {name: _sha256(array) for name, array in tensors.items()}
+        card = SaeCard(format=FORMAT, features=features, d_model=d_model, tensors=digests, **foreign.card)
+        return card, foreign.arrays
+    card = read_card(found.path)
+    if k is not None:
+        check_k(source, k, k if card.k else None, card.features)
+        card = replace(card, k=k, metrics=card.metrics if k == card.k else {})
+    return card, _read_tensors(found.path / "sae.safetensors", card)
 
 
 def read_card(folder: str | Path) -> SaeCard:
@@ -257,15 +286,17 @@ def _sha256(array: np.ndarray) -> str:
     return hashlib.sha256(np.ascontiguousarray(array).tobytes()).hexdigest()
 
 
-def _read_tensors(path: Path, card: SaeCard, mesh: Mesh) -> dict[str, Array]:
-    shapes = {"W_dec": (card.features, card.d_model), "b_enc": (card.features,), "b_dec": (card.d_model,)}
+def _read_tensors(path: Path, card: SaeCard) -> dict[str, np.ndarray]:
+    wide, flat = (card.features, card.d_model), (card.features,)
+    shapes = {"W_dec": wide, "b_enc": flat, "b_dec": (card.d_model,), "W_enc": wide, "threshold": flat}
+    shapes = {name: shape for name, shape in shapes.items() if name in card.tensors}
     remedy = "copy the SAE again, or delete its folder and run `fac train`"
     try:
         with safe_open(path, framework="numpy") as file:
             there = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}
             if there != shapes:
                 raise UserError(f"{path} holds {there}, its config.json says {shapes}: {remedy}")
-            host = {name: file.get_tensor(name) for name in TENSORS}
+            host = {name: file.get_tensor(name) for name in shapes}
     except FileNotFoundError:
         raise UserError(f"{path} is missing: {remedy}") from None
     except (SafetensorError, OSError) as error:
@@ -273,7 +304,4 @@ def _read_tensors(path: Path, card: SaeCard, mesh: Mesh) -> dict[str, Array]:
     for name, array in host.items():
         if (found := _sha256(array)) != card.tensors[name]:
             raise UserError(f"{path} is damaged: {name} has SHA-256 {found}, not {card.tensors[name]}: {remedy}")
-    return {
-        attribute: jax.device_put(host[name], sharding(mesh, *TopKSAE.SPECS[attribute]))
-        for name, attribute in TENSORS.items()
-    }
+    return {TENSORS[name]: array for name, array in host.items()}

@@ -1,52 +1,47 @@
-"""The fast half of a training step: which features a row selects, and all that follows from the selected rows of W.
+"""Decoding from the rows of W that were selected, with the gradient by hand: no [batch, features], no [batch, K, d].
 
-`select` finds the K best features in tiles with a running top-k: [batch, features] never exists, so memory does not
-grow with the width. `decode_selected` gathers the chosen rows of W, a few rows of the batch at a time, and has its
-gradient by hand. With c = x - b_dec, and g the gradient of the reconstruction y:
+With c = x - b_dec, E the rows that encode (W itself where tied), and g the gradient of the reconstruction y:
 
-    pre_j = W[i_j] . c + b_enc[i_j]      a_j = ReLU(pre_j)      y = sum_j a_j W[i_j]
+    pre_j = E[i_j] . c + b_enc[i_j]      a_j = ReLU(pre_j)      y = sum_j a_j W[i_j]
     v_j   = (W[i_j] . g) 1[a_j > 0]
-    dW[i_j] += a_j g + v_j c             db_enc[i_j] += v_j     dc = sum_j v_j W[i_j]
+    dW[i_j] += a_j g      dE[i_j] += v_j c      db_enc[i_j] += v_j      db_dec = - sum_b sum_j v_j E[i_j]
 
-That is 5 products of K rows where the dense form has 6 of all features, and no [batch, K, d] array: only a chunk of it,
-which stays in the cache. The matmul that selects may run in bfloat16; every value and gradient is float32.
+That is 5 products of K rows where the dense form has 6 of all features. Rows are gathered a few rows of the batch at a
+time, so that what is gathered stays in the cache. Every value and gradient is float32, whatever selected the features.
 
-Call both inside `shard_map`: this shard's rows of the batch, and its features.
+Matryoshka: features fall into groups, y_p sums group p only, and a feature's g is that of its group.
+
+Call it inside `shard_map`: this shard's rows of the batch, and its features.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from fac_jax.sae.topk import top_k
+from fac_jax.sae.select import HIGHEST
 
-# True float32 on accelerators too: their default would round the inputs to 10 bits or fewer.
-HIGHEST = jax.lax.Precision.HIGHEST
-TILE_ELEMENTS = 2**26
-"""Pre-activations that exist at a time: 256 MiB."""
 CHUNK_BYTES = {"cpu": 2**22}
 """Gathered rows of W that exist at a time: what a core's caches hold, or 256 MiB where nothing is said."""
 
 
-class Best(NamedTuple):
-    """The best features of each row, best first, equal values by index."""
+class Weights(NamedTuple):
+    """Parameters of this shard's features; their gradients have the same form."""
 
-    val_bk: Float[Array, "b k"]
-    idx_bk: Int[Array, "b k"]
+    w_fd: Float[Array, "f d"]
+    w_enc_fd: Float[Array, "f d"] | None
+    """None where W encodes as well."""
+    b_enc_f: Float[Array, " f"]
+    b_dec_d: Float[Array, " d"]
 
-
-class Among(NamedTuple):
-    """How many features are wanted, and among which (all, where nothing is said)."""
-
-    k: int
-    mask_f: Bool[Array, " f"] | None = None
+    @property
+    def encoder_fd(self) -> Array:
+        """Rows that encode."""
+        return self.w_fd if self.w_enc_fd is None else self.w_enc_fd
 
 
 class Selected(NamedTuple):
@@ -54,179 +49,130 @@ class Selected(NamedTuple):
 
     idx_bk: Int[Array, "b k"]
     kept_bk: Bool[Array, "b k"]
+    val_bk: Float[Array, "b k"]
+    """Pre-activations as the selection saw them."""
+    group_bk: Int[Array, "b k"] | None = None
+    """Group of each feature; None where there is but one."""
 
 
 class Decoded(NamedTuple):
-    """Activations of selected features, and what they add up to (without b_dec)."""
+    """Activations of selected features, and what each group adds up to (without b_dec)."""
 
     acts_bk: Float[Array, "b k"]
-    sum_bd: Float[Array, "b d"]
+    sum_bpd: Float[Array, "b p d"]
 
 
-def select(
-    w_fd: Float[Array, "f d"],
-    b_enc_f: Float[Array, " f"],
-    centred_bd: Float[Array, "b d"],
-    dtype: str,
-    wanted: Sequence[Among],
-) -> tuple[Best, ...]:
-    """The features with the largest pre-activations, as often as `wanted` says from one matmul; without a gradient.
-
-    `dtype` is the input type of the matmul, which accumulates in float32. Features outside a mask count as -inf.
-    """
-    w_fd, b_enc_f, centred_bd = jax.lax.stop_gradient((w_fd, b_enc_f, centred_bd))
-    features = len(w_fd)
-    sizes = [min(one.k, features) for one in wanted]
-    masks = [one.mask_f for one in wanted]
-    x_bd = centred_bd.astype(dtype)
-    precision = HIGHEST if dtype == "float32" else None
-
-    tiles = _tiles(features, len(centred_bd), max(sizes))
-    width = features // tiles
-
-    def best(tile: Array | int) -> tuple[Best, ...]:
-        def cut(array: Array) -> Array:
-            return jax.lax.dynamic_slice_in_dim(array, tile * width, width)
-
-        pre_bf = jnp.einsum(
-            "bd,fd->bf", x_bd, cut(w_fd).astype(dtype), precision=precision, preferred_element_type=jnp.float32
-        )
-        pre_bf = pre_bf + cut(b_enc_f)
-        masked = (pre_bf if mask_f is None else jnp.where(cut(mask_f), pre_bf, -jnp.inf) for mask_f in masks)
-        found = (top_k(one_bf, k) for one_bf, k in zip(masked, sizes, strict=True))
-        return tuple(Best(val_bk, idx_bk + tile * width) for val_bk, idx_bk in found)
-
-    def merge(tile: Array, found: tuple[Best, ...]) -> tuple[Best, ...]:
-        return tuple(_better(old, new) for old, new in zip(found, best(tile), strict=True))
-
-    return jax.lax.fori_loop(1, tiles, merge, best(0)) if tiles > 1 else best(0)
-
-
-def _better(old: Best, new: Best) -> Best:
-    """As many of both together. `old` has the lower indices and stands first, so equal values keep their order."""
-    val_bk, idx_bk = (jnp.concatenate(pair, axis=1) for pair in zip(old, new, strict=True))
-    val_bk, at_bk = jax.lax.top_k(val_bk, old.val_bk.shape[1])
-    return Best(val_bk, jnp.take_along_axis(idx_bk, at_bk, axis=1))
-
-
-def _tiles(features: int, rows: int, k: int) -> int:
-    """Fewest equal tiles of at most TILE_ELEMENTS pre-activations; 1 where such a tile would hold less than k."""
-    least = -(-features * rows // TILE_ELEMENTS)
-    tiles = next(n for n in range(least, features + 1) if features % n == 0)
-    return tiles if tiles * k <= features else 1
-
-
-def selecting_dtype() -> str:
-    """Input type in which the selecting matmul is fastest here: bfloat16 wherever the hardware multiplies it."""
-    if jax.default_backend() != "cpu":
-        return "bfloat16"
-    try:
-        flags = set(Path("/proc/cpuinfo").read_text(encoding="utf-8").split())
-    except OSError:
-        return "float32"
-    return "bfloat16" if flags & {"avx512_bf16", "amx_bf16"} else "float32"
-
-
-@jax.custom_vjp
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
 def decode_selected(
-    w_fd: Float[Array, "f d"],
-    b_enc_f: Float[Array, " f"],
-    centred_bd: Float[Array, "b d"],
-    live: Selected,
+    groups: int,
+    weights: Weights,
+    x_bd: Float[Array, "b d"],
+    live: Selected | None,
     dead: Selected | None,
     any_dead: Bool[Array, ""],
-) -> tuple[Decoded, Decoded | None]:
-    """Decode two selections, which share one gradient of W; the second costs nothing unless `any_dead`.
-
-    Differentiable in the first three arguments.
+) -> tuple[Decoded | None, Decoded | None]:
+    """Decode two selections, which share one gradient of W; either may be absent, and the second costs nothing unless
+    `any_dead`. `groups` are those of `live`. Differentiable in the weights.
     """
-    return _decode_both(w_fd, b_enc_f, centred_bd, live, dead, any_dead)
+    return _decode_both(groups, weights, x_bd, live, dead, any_dead)
 
 
 def _decode_both(
-    w_fd: Array, b_enc_f: Array, centred_bd: Array, live: Selected, dead: Selected | None, any_dead: Array
-) -> tuple[Decoded, Decoded | None]:
-    found = _decode(w_fd, b_enc_f, centred_bd, live)
+    groups: int, weights: Weights, x_bd: Array, live: Selected | None, dead: Selected | None, any_dead: Array
+) -> tuple[Decoded | None, Decoded | None]:
+    found = None if live is None else _decode(weights, x_bd, live, groups)
     if dead is None:
         return found, None
-    nothing = Decoded(jnp.zeros_like(dead.kept_bk, jnp.float32), jnp.zeros_like(centred_bd))
-    return found, jax.lax.cond(any_dead, lambda: _decode(w_fd, b_enc_f, centred_bd, dead), lambda: nothing)
+    nothing = Decoded(jnp.zeros_like(dead.val_bk), jnp.zeros_like(x_bd)[:, None])
+    return found, jax.lax.cond(any_dead, lambda: _decode(weights, x_bd, dead, 1), lambda: nothing)
 
 
 def _forward(
-    w_fd: Array, b_enc_f: Array, centred_bd: Array, live: Selected, dead: Selected | None, any_dead: Array
-) -> tuple[tuple[Decoded, Decoded | None], tuple[Any, ...]]:
-    found = _decode_both(w_fd, b_enc_f, centred_bd, live, dead, any_dead)
+    groups: int, weights: Weights, x_bd: Array, live: Selected | None, dead: Selected | None, any_dead: Array
+) -> tuple[tuple[Decoded | None, Decoded | None], tuple[Any, ...]]:
+    found = _decode_both(groups, weights, x_bd, live, dead, any_dead)
     acts = tuple(one if one is None else one.acts_bk for one in found)
-    return found, (w_fd, centred_bd, live, dead, any_dead, acts)
+    return found, (weights, x_bd, live, dead, any_dead, acts)
 
 
-def _backward(kept: tuple[Any, ...], cotangents: tuple[Decoded, Decoded | None]) -> tuple[Any, ...]:
-    w_fd, centred_bd, live, dead, any_dead, (acts_bk, dead_acts_bk) = kept
+def _backward(groups: int, kept: tuple[Any, ...], cotangents: tuple[Decoded | None, Decoded | None]) -> tuple[Any, ...]:
+    weights, x_bd, live, dead, any_dead, (acts_bk, dead_acts_bk) = kept
     of_live, of_dead = cotangents
-    gradient = (jnp.zeros_like(w_fd), jnp.zeros_like(w_fd[:, 0]), jnp.zeros_like(centred_bd))
-    gradient = _add_gradient(gradient, w_fd, centred_bd, live.idx_bk, acts_bk, of_live)
-    if dead is not None:
-        more = partial(_add_gradient, w_fd=w_fd, centred_bd=centred_bd, idx_bk=dead.idx_bk, acts_bk=dead_acts_bk)
-        gradient = jax.lax.cond(any_dead, partial(more, given=of_dead), lambda same: same, gradient)
-    return *gradient, None, None, None
+    gradient = jax.tree.map(jnp.zeros_like, weights)
+    add = partial(_add_gradient, weights=weights, x_bd=x_bd)
+    if live is not None and of_live is not None:
+        gradient = add(gradient, chosen=live, acts_bk=acts_bk, given=of_live)
+    if dead is not None and of_dead is not None:
+        more = partial(add, chosen=dead, acts_bk=dead_acts_bk, given=of_dead)
+        gradient = jax.lax.cond(any_dead, more, lambda same: same, gradient)
+    return gradient, None, None, None, None
 
 
 decode_selected.defvjp(_forward, _backward)
 
 
-def _decode(w_fd: Array, b_enc_f: Array, centred_bd: Array, chosen: Selected) -> Decoded:
-    def chunk(_: None, part: tuple[Array, ...]) -> tuple[None, Decoded]:
-        centred_bd, idx_bk, kept_bk = part
-        w_bkd = w_fd[idx_bk]
-        pre_bk = jnp.einsum("bkd,bd->bk", w_bkd, centred_bd, precision=HIGHEST) + b_enc_f[idx_bk]
-        acts_bk = jnp.where(kept_bk, jax.nn.relu(pre_bk), 0)
-        return None, Decoded(acts_bk, jnp.einsum("bkd,bk->bd", w_bkd, acts_bk, precision=HIGHEST))
+def _decode(weights: Weights, x_bd: Array, chosen: Selected, groups: int) -> Decoded:
+    def chunk(_: None, part: tuple[Array, Selected]) -> tuple[None, Decoded]:
+        x_bd, chosen = part
+        e_bkd, w_bkd = _rows(weights, chosen.idx_bk)
+        pre_bk = jnp.einsum("bkd,bd->bk", e_bkd, x_bd - weights.b_dec_d, precision=HIGHEST)
+        acts_bk = jnp.where(chosen.kept_bk, jax.nn.relu(pre_bk + weights.b_enc_f[chosen.idx_bk]), 0)
+        if chosen.group_bk is None:
+            return None, Decoded(acts_bk, jnp.einsum("bkd,bk->bd", w_bkd, acts_bk, precision=HIGHEST)[:, None])
+        acts_bkp = acts_bk[:, :, None] * (chosen.group_bk[:, :, None] == jnp.arange(groups))
+        return None, Decoded(acts_bk, jnp.einsum("bkd,bkp->bpd", w_bkd, acts_bkp, precision=HIGHEST))
 
-    parts = _chunks((centred_bd, *chosen), w_fd)
-    return jax.tree.map(partial(_whole, rows=len(centred_bd)), jax.lax.scan(chunk, None, parts)[1])
+    found = jax.lax.scan(chunk, None, _chunks((x_bd, chosen), weights))[1]
+    return jax.tree.map(lambda array: array.reshape(-1, *array.shape[2:])[: len(x_bd)], found)
 
 
 def _add_gradient(
-    gradient: tuple[Array, Array, Array],
-    w_fd: Array,
-    centred_bd: Array,
-    idx_bk: Array,
-    acts_bk: Array,
-    given: Decoded,
-) -> tuple[Array, Array, Array]:
-    """`gradient` with respect to (W, b_enc, c), and what one selection adds to it. W's grows in place."""
+    gradient: Weights, *, weights: Weights, x_bd: Array, chosen: Selected, acts_bk: Array, given: Decoded
+) -> Weights:
+    """`gradient`, and what one selection adds to it, in place."""
+    tied = weights.w_enc_fd is None
 
-    def chunk(sums: tuple[Array, Array], part: tuple[Array, ...]) -> tuple[tuple[Array, Array], Array]:
-        dw_fd, db_f = sums
-        centred_bd, idx_bk, acts_bk, of_acts_bk, g_bd = part
-        w_bkd = w_fd[idx_bk]
-        v_bk = jnp.einsum("bkd,bd->bk", w_bkd, g_bd, precision=HIGHEST) + of_acts_bk
-        v_bk = jnp.where(acts_bk > 0, v_bk, 0)
-        dw_bkd = acts_bk[:, :, None] * g_bd[:, None] + v_bk[:, :, None] * centred_bd[:, None]
-        flat = idx_bk.reshape(-1)
-        sums = dw_fd.at[flat].add(dw_bkd.reshape(-1, dw_bkd.shape[-1])), db_f.at[flat].add(v_bk.reshape(-1))
-        return sums, jnp.einsum("bkd,bk->bd", w_bkd, v_bk, precision=HIGHEST)
+    def chunk(sums: Weights, part: tuple[Array, Selected, Array, Decoded]) -> tuple[Weights, None]:
+        x_bd, chosen, acts_bk, given = part
+        e_bkd, w_bkd = _rows(weights, chosen.idx_bk)
+        centred_bd = x_bd - weights.b_dec_d
+        if chosen.group_bk is None:
+            g_bkd = given.sum_bpd
+            v_bk = jnp.einsum("bkd,bd->bk", w_bkd, given.sum_bpd[:, 0], precision=HIGHEST)
+        else:
+            g_bkd = jnp.take_along_axis(given.sum_bpd, chosen.group_bk[:, :, None], axis=1)
+            v_bk = jnp.einsum("bkd,bkd->bk", w_bkd, g_bkd, precision=HIGHEST)
+        v_bk = jnp.where(acts_bk > 0, v_bk + given.acts_bk, 0)
+        dw_bkd, de_bkd = acts_bk[:, :, None] * g_bkd, v_bk[:, :, None] * centred_bd[:, None]
 
-    dw_fd, db_f, dc_bd = gradient
-    parts = _chunks((centred_bd, idx_bk, acts_bk, *given), w_fd)
-    sums, more_bd = jax.lax.scan(chunk, (dw_fd, db_f), parts)
-    return *sums, dc_bd + _whole(more_bd, rows=len(centred_bd))
+        def add(sum_fd: Array, rows_bkd: Array) -> Array:
+            return sum_fd.at[chosen.idx_bk.reshape(-1)].add(rows_bkd.reshape(-1, *rows_bkd.shape[2:]))
+
+        return Weights(
+            w_fd=add(sums.w_fd, dw_bkd + de_bkd if tied else dw_bkd),
+            w_enc_fd=None if sums.w_enc_fd is None else add(sums.w_enc_fd, de_bkd),
+            b_enc_f=add(sums.b_enc_f, v_bk),
+            b_dec_d=sums.b_dec_d - jnp.einsum("bkd,bk->d", e_bkd, v_bk, precision=HIGHEST),
+        ), None
+
+    return jax.lax.scan(chunk, gradient, _chunks((x_bd, chosen, acts_bk, given), weights))[0]
 
 
-def _chunks(arrays: tuple[Array, ...], w_fd: Array) -> tuple[Array, ...]:
+def _rows(weights: Weights, idx_bk: Array) -> tuple[Array, Array]:
+    """Rows that encode and rows that decode, [b, k, d] of a chunk; the same ones where tied."""
+    w_bkd = weights.w_fd[idx_bk]
+    return (w_bkd if weights.w_enc_fd is None else weights.w_enc_fd[idx_bk]), w_bkd
+
+
+def _chunks(arrays: tuple[Any, ...], weights: Weights) -> tuple[Any, ...]:
     """[b, ...] as [chunks, rows, ...], filled up with zeros: kept is then False and every activation 0."""
-    b, k = arrays[1].shape
+    b, k = arrays[1].idx_bk.shape
     most = CHUNK_BYTES.get(jax.default_backend(), 2**28)
-    rows = max(1, min(b, most // (k * w_fd.shape[1] * w_fd.dtype.itemsize)))
+    rows = max(1, min(b, most // (k * weights.w_fd.shape[1] * weights.w_fd.dtype.itemsize)))
     chunks = -(-b // rows)
 
     def split(array: Array) -> Array:
         padded = jnp.pad(array, [(0, chunks * rows - b)] + [(0, 0)] * (array.ndim - 1))
         return padded.reshape(chunks, rows, *array.shape[1:])
 
-    return tuple(map(split, arrays))
-
-
-def _whole(array: Array, rows: int) -> Array:
-    return array.reshape(-1, *array.shape[2:])[:rows]
+    return jax.tree.map(split, arrays)

@@ -1,18 +1,19 @@
-"""One optimizer step of the autoencoder: schedule of K, loss, auxiliary loss, Adam. Pure, jitted, donating.
+"""One optimizer step of the autoencoder: loss, auxiliary loss, update. Pure, jitted, donating.
 
     loss      = sum_b w_b mean_d (x - x_hat)^2 / mean_d x^2            w_b = 1 / rows   (arXiv 2602.10388, section 3)
     auxiliary = mean (e - e_hat)^2 / mean (e - mean_b e)^2             e = x - x_hat, detached; e_hat from dead features
                                                                        only and without b_dec (Gao et al. 2024, A.2)
-    k_t       = int(max(K, k_start - (k_start - K) (t + 1) / T))       (official code)
+
+Matryoshka minimises the mean of `loss` over its prefixes, JumpReLU adds (L0 / K - 1)^2, and BatchTopK follows the
+smallest activation of each batch, which becomes the threshold of the finished SAE.
 
 `compat: official` keeps what the published code does: W ~ N(0, 2 / d), zero biases, no scaling, no row filter, no
 auxiliary loss, and gradients *summed* over sequences, each the mean over its tokens. (It reads whole sequences; of
 shuffled rows, a sequence is what the batch holds of one document.)
 
-Otherwise rows are scaled to a median mean-square of 1, so that a learning rate means the same for every backbone; rows
-of W start with unit norm and b_dec with the mean of the data. `unscaled` folds the scale into the biases: the finished
-SAE reads raw residuals, keeps the same features of them, and its activations, and so every threshold on them, are in
-residual-stream units.
+Otherwise rows are scaled (`problem.py`), those of W start with unit norm, and b_dec with the mean of the data.
+`unscaled` folds the scale into the biases: the finished SAE reads raw residuals, keeps the same features of them, and
+its activations, and so every threshold on them, are in residual-stream units.
 """
 
 from __future__ import annotations
@@ -30,35 +31,18 @@ import optax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Float64, Int
+from scipy.special import ndtri
 
-from fac_jax.config import SaeConfig, TrainConfig
 from fac_jax.errors import UserError
 from fac_jax.mesh import FEATURE, sharding
-from fac_jax.sae.model import Dead, TopKSAE, reconstruct
-from fac_jax.sae.sparse import selecting_dtype
+from fac_jax.sae.model import SAE
+from fac_jax.sae.problem import Problem, k_at, k_widths, learning_rate_at, make_optimizer
+from fac_jax.sae.reconstruct import Dead, reconstruct
+from fac_jax.sae.select import HIGHEST
 
 Params = dict[str, Array]
 SILENT_MAX = 2**30  # counts of silent rows stop here instead of overflowing
-
-
-@dataclass(frozen=True)
-class Problem:
-    """What is fixed during a training."""
-
-    sae: SaeConfig
-    train: TrainConfig
-    d_model: int
-    scale: float
-    """Rows are multiplied by it before anything else."""
-    norm_limit: float
-    """Raw rows with a larger Euclidean norm are left out; infinite to keep all."""
-    select_dtype: str
-    """Input type of the matmul that selects features."""
-
-    @property
-    def official(self) -> bool:
-        """Whether the published code's choices are asked for."""
-        return self.train.compat == "official"
+THRESHOLD_RATE = 0.01  # BatchTopK: weight of a batch in the running mean of its smallest activation
 
 
 class Batch(NamedTuple):
@@ -81,16 +65,19 @@ class Metrics(NamedTuple):
     k: Array
     dead_features: Array
     """Features silent for dead_after_rows."""
+    dead_fraction: Array
     aux_loss: Array
     learning_rate: Array
     gradient_norm: Array
     rows_left_out: Array
     """By the norm filter."""
+    rows_at_cap: Array
+    """BatchTopK: rows that kept as many features as one row can."""
 
 
 @partial(
     jax.tree_util.register_dataclass,
-    data_fields=["step", "params", "optimizer", "silent_f"],
+    data_fields=["step", "params", "optimizer", "silent_f", "threshold"],
     meta_fields=[],
 )
 @dataclass(frozen=True)
@@ -99,66 +86,63 @@ class TrainState:
 
     step: Int[Array, ""]
     params: Params
-    """Arrays of TopKSAE by name, for scaled rows."""
+    """Arrays of SAE by name, for scaled rows; of JumpReLU's thresholds the logarithm."""
     optimizer: optax.OptState
     silent_f: Int[Array, " f"]
     """Rows seen since each feature was last active."""
+    threshold: Float[Array, ""]
+    """BatchTopK: running mean of the smallest activation kept, since K is what it will be; else 0."""
 
 
-def pose(sae: SaeConfig, train: TrainConfig, d_model: int, median_norm: float) -> Problem:
-    """The problem of training on rows of width `d_model` whose Euclidean norms have this median."""
-    if not (math.isfinite(median_norm) and median_norm > 0):
-        raise UserError(f"the median norm of the training rows is {median_norm}: the store holds no usable residuals")
-    if train.k_start > sae.features:
-        raise UserError(f"train.k_start is {train.k_start}, more than sae.features {sae.features}: lower it")
-    plain = train.compat == "official"
-    auto = "float32" if plain else selecting_dtype()
-    return Problem(
-        sae=sae,
-        train=train,
-        d_model=d_model,
-        scale=1.0 if plain else math.sqrt(d_model) / median_norm,
-        norm_limit=math.inf if plain or train.norm_filter == 0 else train.norm_filter * median_norm,
-        select_dtype=auto if train.select_dtype == "auto" else train.select_dtype,
-    )
+def init_state(
+    problem: Problem, mean_d: Float64[np.ndarray, " d"], seed: int, mesh: Mesh, start: SAE | None = None
+) -> TrainState:
+    """The state before step 0, made where it will live: no leaf is ever whole on one device if it is sharded.
 
-
-def k_at(step: Int[Array, ""] | int, problem: Problem) -> Int[Array, ""]:
-    """K of a step; the official sequence, in integers (which is what its rounding amounts to)."""
-    k, drop, over = problem.sae.k, problem.train.k_start - problem.sae.k, problem.train.anneal_steps
-    if drop <= 0 or over == 0:
-        return jnp.int32(k)
-    done = jnp.minimum(jnp.asarray(step, jnp.int32) + 1, over)
-    return jnp.int32(problem.train.k_start) + (-drop * done) // over
-
-
-def init_state(problem: Problem, mean_d: Float64[np.ndarray, " d"], seed: int, mesh: Mesh) -> TrainState:
-    """The state before step 0, made where it will live: no leaf is ever whole on one device if it is sharded."""
+    `start` is an SAE for raw rows to begin with, instead of a random one. Raises UserError where it does not fit.
+    """
     features, d = problem.sae.features, problem.d_model
     shards = mesh.shape[FEATURE]
     if features % shards:
         raise UserError(f"sae.features {features} cannot be shared equally by {shards} shards: change mesh.feature")
 
-    def build(mean_d: Array) -> TrainState:
+    quantile = max(0.01, float(ndtri(1 - max(problem.sae.k, problem.anneal[0]) / features)))
+
+    def build(mean_d: Array, start: SAE | None) -> TrainState:
+        params = random_params(mean_d) if start is None else scaled(start, problem)
+        optimizer = make_optimizer(problem).init(params)
+        return TrainState(jnp.int32(0), params, optimizer, jnp.zeros(features, jnp.int32), jnp.float32(0))
+
+    def random_params(mean_d: Array) -> Params:
         w_fd = jax.random.normal(jax.random.key(seed), (features, d))
         if problem.official:
             w_fd, b_dec_d = w_fd * math.sqrt(2 / d), jnp.zeros(d)
         else:
-            w_fd, b_dec_d = w_fd / jnp.linalg.norm(w_fd, axis=1, keepdims=True), mean_d * problem.scale
+            w_fd, b_dec_d = unit_rows(w_fd), mean_d * problem.scale
         params = {"w_fd": w_fd, "b_enc_f": jnp.zeros(features), "b_dec_d": b_dec_d}
-        return TrainState(jnp.int32(0), params, make_optimizer(problem).init(params), jnp.zeros(features, jnp.int32))
+        if not problem.sae.tied:
+            params["w_enc_fd"] = w_fd
+        if problem.sae.activation == "jumprelu":
+            # Random directions see about a normal distribution: as many features start active as K is at first.
+            variance = jnp.maximum(1 - jnp.mean(b_dec_d**2), 0.01)
+            params["log_threshold_f"] = jnp.full(features, jnp.log(jnp.sqrt(variance) * quantile))
+        return params
 
     mean_d = jnp.asarray(mean_d, jnp.float32)
-    return jax.jit(build, out_shardings=state_shardings(jax.eval_shape(build, mean_d), mesh))(mean_d)
+    shardings = state_shardings(jax.eval_shape(build, mean_d, start), mesh)
+    return jax.jit(build, out_shardings=shardings)(mean_d, start)
 
 
 def state_shardings(state: TrainState, mesh: Mesh) -> TrainState:
-    """Sharding of every leaf: parameters and their Adam moments over features, counters replicated."""
-    specs = TopKSAE.SPECS | {"silent_f": P(FEATURE)}
+    """Sharding of every leaf: whatever has one number or row a feature is split over features, the rest replicated."""
+    specs = SAE.SPECS | {"silent_f": P(FEATURE), "log_threshold_f": P(FEATURE)}
+    features = len(state.silent_f)
 
     def of(path: tuple[object, ...], leaf: Array) -> NamedSharding:
-        name = jax.tree_util.keystr(path[-1:], simple=True)
-        return sharding(mesh, *specs.get(name, P()))
+        spec = specs.get(jax.tree_util.keystr(path[-1:], simple=True), P())
+        if leaf.ndim < len(spec) or FEATURE not in spec:  # Adafactor keeps one number a row and one a column
+            return sharding(mesh, FEATURE) if leaf.shape == (features,) and spec else sharding(mesh)
+        return sharding(mesh, *spec) if leaf.shape[0] == features else sharding(mesh)
 
     return jax.tree.map_with_path(of, state)
 
@@ -169,36 +153,40 @@ def make_train_step(problem: Problem, mesh: Mesh) -> Callable[[TrainState, Batch
     Inside, one branch per doubling of K: the work of a step follows K while K stays a traced value.
     """
     optimizer, train = make_optimizer(problem), problem.train
-    widths = k_widths(problem)
+    widths, unit_norm = k_widths(problem), problem.sae.decoder_norm == "unit"
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         k = k_at(state.step, problem)
         dead_f = state.silent_f >= train.dead_after_rows
 
-        def at_most(k_max: int) -> Callable[[Params], tuple[tuple[Array, tuple[Metrics, Array]], Params]]:
+        def at_most(k_max: int) -> Callable[[Params], tuple[tuple[Array, tuple[Metrics, Array, Array]], Params]]:
             loss = partial(loss_and_metrics, batch=batch, k=k, dead_f=dead_f, k_max=k_max, problem=problem, mesh=mesh)
             return jax.value_and_grad(loss, has_aux=True)
 
         branch = sum((k > width).astype(jnp.int32) for width in widths[:-1])
-        (_, (metrics, active_f)), gradient = jax.lax.switch(branch, [at_most(width) for width in widths], state.params)
+        (_, (metrics, active_f, smallest)), gradient = jax.lax.switch(
+            branch, [at_most(width) for width in widths], state.params
+        )
+        if unit_norm:  # what lies along a row would only be scaled away again
+            along_f = jnp.einsum("fd,fd->f", gradient["w_fd"], state.params["w_fd"], precision=HIGHEST)
+            gradient["w_fd"] = gradient["w_fd"] - along_f[:, None] * state.params["w_fd"]
         update, moments = optimizer.update(gradient, state.optimizer, state.params)
+        params = optax.apply_updates(state.params, update)
+        if unit_norm:
+            params["w_fd"] = unit_rows(params["w_fd"])
+        annealing = (k > problem.sae.k) | (state.threshold == 0)  # thresholds of a larger K say nothing of the last one
+        threshold = state.threshold + jnp.where(annealing, 1, THRESHOLD_RATE) * (smallest - state.threshold)
         silent_f = jnp.where(active_f > 0, 0, jnp.minimum(state.silent_f, SILENT_MAX) + len(batch.x_bd))
         # The barrier keeps the norm's squares apart from Adam's; shared, they would be written out and read again.
         metrics = metrics._replace(
             learning_rate=learning_rate_at(state.step, problem),
             gradient_norm=optax.tree.norm(jax.lax.optimization_barrier(gradient)),
         )
-        return TrainState(state.step + 1, optax.apply_updates(state.params, update), moments, silent_f), metrics
+        return TrainState(state.step + 1, params, moments, silent_f, threshold), metrics
 
     abstract = jax.eval_shape(lambda: init_state(problem, np.zeros(problem.d_model), 0, mesh))
     out = (state_shardings(abstract, mesh), sharding(mesh))
     return jax.jit(step, donate_argnums=0, out_shardings=out)
-
-
-def k_widths(problem: Problem) -> list[int]:
-    """Static widths that the values of K fall into: K, 2K, 4K, ... up to the first K of the schedule."""
-    most = max(problem.sae.k, problem.train.k_start)
-    return [width for i in range(32) if (width := problem.sae.k << i) < most] + [most]
 
 
 def loss_and_metrics(
@@ -210,8 +198,9 @@ def loss_and_metrics(
     k_max: int,
     problem: Problem,
     mesh: Mesh,
-) -> tuple[Float[Array, ""], tuple[Metrics, Int[Array, " f"]]]:
-    """What is minimised, and beside it the metrics and how often each feature was active."""
+) -> tuple[Float[Array, ""], tuple[Metrics, Int[Array, " f"], Float[Array, ""]]]:
+    """What is minimised; beside it the metrics, how often each feature was active, and the smallest activation kept
+    (BatchTopK)."""
     x_bd = batch.x_bd.astype(jnp.float32) * problem.scale
     square_b = jnp.mean(x_bd**2, axis=1)
     limit = (problem.norm_limit * problem.scale) ** 2 / problem.d_model
@@ -220,47 +209,86 @@ def loss_and_metrics(
     total = jnp.maximum(weight_b.sum(), jnp.finfo(jnp.float32).tiny)
     share_b = weight_b / total
 
-    aux_on = problem.train.aux_coefficient > 0 and not problem.official
+    aux_on = problem.aux_k > 0
     found = reconstruct(
-        TopKSAE(**params), x_bd, counted_b, k, k_max=k_max, mesh=mesh,
-        dead=Dead(dead_f, problem.train.aux_k) if aux_on else None, select_dtype=problem.select_dtype,
+        trained(params), x_bd, counted_b, k, choice=problem.choice(k_max), mesh=mesh,
+        dead=Dead(dead_f, problem.aux_k) if aux_on else None,
     )  # fmt: skip
-    error_bd = x_bd - found.x_hat_bd
-    error_b = jnp.mean(error_bd**2, axis=1)
-    loss = jnp.sum(share_b * error_b / jnp.where(counted_b, square_b, 1))
+    error_bpd = x_bd[:, None] - found.x_hat_bpd
+    error_bd = error_bpd[:, -1]
+    error_bp = jnp.mean(error_bpd**2, axis=2) / jnp.where(counted_b, square_b, 1)[:, None]
+    loss_p = share_b @ error_bp
+    loss = loss_p[-1]
     residual_bd = jax.lax.stop_gradient(error_bd)
     aux_loss = jnp.where(
         dead_f.any(), _unexplained(residual_bd, residual_bd - found.dead_hat_bd, share_b), 0.0
     ) if aux_on else jnp.float32(0)  # fmt: skip
+    l0 = jnp.sum(share_b * found.l0_b)
     metrics = Metrics(
         loss=loss,
         fvu=_unexplained(x_bd, error_bd, share_b),
-        l0=jnp.sum(share_b * found.l0_b),
+        l0=l0,
         k=k,
         dead_features=dead_f.sum(),
+        dead_fraction=dead_f.mean(),
         aux_loss=aux_loss,
         learning_rate=jnp.float32(0),
         gradient_norm=jnp.float32(0),
         rows_left_out=jnp.sum((batch.weight_b > 0) & ~counted_b),
+        rows_at_cap=found.at_cap,
     )
-    minimised = loss * total if problem.official else loss + problem.train.aux_coefficient * aux_loss
-    return minimised, (metrics, found.active_f)
+    aside = metrics, found.active_f, found.threshold
+    if problem.official:
+        return loss * total, aside
+    minimised = loss_p.mean() + problem.train.aux_coefficient * aux_loss
+    if problem.sae.activation == "jumprelu":
+        minimised += problem.sae.sparsity_coefficient * (l0 / k - 1) ** 2
+    return minimised, aside
 
 
-def learning_rate_at(step: Int[Array, ""] | int, problem: Problem) -> Float[Array, ""]:
-    """Rises linearly over the warm-up, then stays."""
-    rise = (jnp.asarray(step, jnp.float32) + 1) / max(1, problem.train.warmup_steps)
-    return problem.train.learning_rate * jnp.minimum(rise, 1.0)
+def trained(params: Params) -> SAE:
+    """Parameters as an SAE for scaled rows."""
+    arrays = {name: array for name, array in params.items() if name != "log_threshold_f"}
+    log_threshold_f = params.get("log_threshold_f")
+    return SAE(**arrays, threshold_f=None if log_threshold_f is None else jnp.exp(log_threshold_f))
 
 
-def unscaled(params: Params, problem: Problem) -> TopKSAE:
-    """The SAE for raw rows: with x' = s x, (x' - b_dec') W^T + b_enc' = s ((x - b_dec'/s) W^T + b_enc'/s)."""
-    return TopKSAE(params["w_fd"], params["b_enc_f"] / problem.scale, params["b_dec_d"] / problem.scale)
+def scaled(sae: SAE, problem: Problem) -> Params:
+    """Parameters for scaled rows of an SAE for raw rows. Raises UserError where it is not of the kind asked for."""
+    asked, shape = problem.sae, (problem.sae.features, problem.d_model)
+    for name, there, here in (
+        ("shape [features, d_model]", sae.w_fd.shape, shape),
+        ("encoder", "tied" if sae.w_enc_fd is None else "untied", "tied" if asked.tied else "untied"),
+        ("activation", "top-k" if sae.threshold_f is None else "threshold", asked.activation),
+    ):
+        fits = there == here if name != "activation" else (here == "jumprelu") == (there == "threshold")
+        if not fits:
+            raise UserError(
+                f"train.init has {name} {there}, this training asks for {here}: set the sae settings to what it is"
+            )
+    params = {"w_fd": sae.w_fd[...], "b_enc_f": sae.b_enc_f[...] * problem.scale}
+    params["b_dec_d"] = sae.b_dec_d[...] * problem.scale
+    if sae.w_enc_fd is not None:
+        params["w_enc_fd"] = sae.w_enc_fd[...]
+    if sae.threshold_f is not None:
+        tiny = jnp.finfo(jnp.float32).tiny  # a threshold of 0, that of a plain ReLU, has no logarithm
+        params["log_threshold_f"] = jnp.log(jnp.maximum(sae.threshold_f[...] * problem.scale, tiny))
+    return params
 
 
-def make_optimizer(problem: Problem) -> optax.GradientTransformation:
-    """Adam with the published code's constants."""
-    return optax.adam(partial(learning_rate_at, problem=problem), b1=0.9, b2=0.999, eps=6.25e-10)
+def unscaled(state: TrainState, problem: Problem) -> SAE:
+    """The SAE for raw rows: with x' = s x, (x' - b_dec') E^T + b_enc' = s ((x - b_dec'/s) E^T + b_enc'/s)."""
+    sae, scale = trained(state.params), problem.scale
+    threshold_f = None if sae.threshold_f is None else sae.threshold_f[...] / scale
+    if problem.sae.activation == "batchtopk":
+        threshold_f = jnp.full_like(state.params["b_enc_f"], state.threshold / scale)
+    w_enc_fd = state.params.get("w_enc_fd")
+    return SAE(sae.w_fd[...], sae.b_enc_f[...] / scale, sae.b_dec_d[...] / scale, w_enc_fd, threshold_f)
+
+
+def unit_rows(w_fd: Float[Array, "f d"]) -> Float[Array, "f d"]:
+    """Rows with norm 1; a row of zeros stays one."""
+    return w_fd / jnp.maximum(jnp.linalg.norm(w_fd, axis=1, keepdims=True), jnp.finfo(jnp.float32).tiny)
 
 
 def _unexplained(x_bd: Array, error_bd: Array, share_b: Array) -> Array:

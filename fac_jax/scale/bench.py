@@ -148,6 +148,10 @@ def _measure_shape(bench: Bench, shape: Shape) -> dict[str, Any]:
             if result.absent is None:
                 print(f"{shape.d_model} x {shape.features}: round {index + 1}, {name}", file=sys.stderr, flush=True)
                 _add(result, _run(bench, shape, name, parts=index == bench.rounds - 1))
+    if not any(rates.values()):
+        raise UserError(
+            "neither jax nor torch could multiply the encoder's matrices: there is no floor to compare with"
+        )
     floor_s = shape.matmul_flops / max(rates.values())
     return {
         "shape": to_plain(shape),

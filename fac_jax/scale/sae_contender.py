@@ -27,18 +27,9 @@ from jax.sharding import Mesh
 from fac_jax.config import MeshConfig, SaeConfig, TrainConfig
 from fac_jax.mesh import make_mesh
 from fac_jax.runs import versions
-from fac_jax.sae.sparse import Among, select
-from fac_jax.sae.step import (
-    Batch,
-    Params,
-    Problem,
-    TrainState,
-    init_state,
-    loss_and_metrics,
-    make_optimizer,
-    make_train_step,
-    pose,
-)
+from fac_jax.sae.problem import Problem, make_optimizer, pose
+from fac_jax.sae.select import Among, select
+from fac_jax.sae.step import Batch, Params, TrainState, init_state, loss_and_metrics, make_train_step
 
 
 def main() -> None:

@@ -73,7 +73,7 @@ class Identity:
     sae: str
     """Digest of the SAE's parameters."""
     features: int
-    k: int
+    k: int | None
     acts: Acts
     top_spans: int
     span_tokens: int

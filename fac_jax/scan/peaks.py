@@ -1,10 +1,10 @@
 """One packed batch to peaks: g_i(x) = max over the content tokens t of document x of act_i(x, t), and where it is;
 and the mean residual of each document, which costs next to nothing here and a whole backbone pass anywhere else.
 
-Activations are those of the paper's formula (`topk`) or of its code (`relu`, top-k off). They never exist for a whole
-batch: the content tokens of each row are brought to its front and folded chunk by chunk into one maximum per (document,
-feature), so that neither the chat template nor padding costs an SAE encode. Runs on the device; what comes back is
-sparse. Reads and writes no file.
+Activations are the SAE's own (`topk`, the paper's formula; an SAE with a threshold keeps what exceeds it) or those of
+the paper's code (`relu`: top-k and threshold off). They never exist for a whole batch: the content tokens of each row
+are brought to its front and folded chunk by chunk into one maximum per (document, feature), so that neither the chat
+template nor padding costs an SAE encode. Runs on the device; what comes back is sparse. Reads and writes no file.
 """
 
 from collections.abc import Sequence
@@ -21,7 +21,7 @@ from jaxtyping import Array, Float, Float32, Int, Int32, Int64
 from fac_jax.backbone.weights import Loaded
 from fac_jax.packing import PackedBatch
 from fac_jax.sae.checkpoint import LoadedSae
-from fac_jax.sae.model import TopKSAE, pre_activations
+from fac_jax.sae.model import SAE, above_threshold, pre_activations
 from fac_jax.sae.topk import top_k
 
 Acts = Literal["topk", "relu"]
@@ -76,7 +76,7 @@ def dispatch(batch: PackedBatch, loaded: Loaded, sae: LoadedSae, acts: Acts) -> 
     return [
         fold(
             sae.sae, resid_btd, order_bt, slot_bt - first, position_bt, -(-longest // chunk),
-            k=sae.k if acts == "topk" else None, slots=slots, chunk=chunk, mesh=loaded.mesh,
+            acts=acts, k=sae.k, slots=slots, chunk=chunk, mesh=loaded.mesh,
         )
         for first in range(0, len(batch.documents), slots)
     ]  # fmt: skip
@@ -105,15 +105,16 @@ def chunk_length(rows: int, row_tokens: int, features: int) -> int:
     return next(length for length in range(min(most, row_tokens), 0, -1) if row_tokens % length == 0)
 
 
-@partial(jax.jit, static_argnames=("k", "slots", "chunk", "mesh"))
+@partial(jax.jit, static_argnames=("acts", "k", "slots", "chunk", "mesh"))
 def fold(
-    sae: TopKSAE,
+    sae: SAE,
     resid_btd: Float[Array, "b t d"],
     order_bt: Int[Array, "b t"],
     slot_bt: Int[Array, "b t"],
     position_bt: Int[Array, "b t"],
     chunks: Int[Array, ""],
     *,
+    acts: Acts,
     k: int | None,
     slots: int,
     chunk: int,
@@ -121,8 +122,8 @@ def fold(
 ) -> Table:
     """Peaks and mean residual per slot over the first `chunks` chunks of every row, content tokens first.
 
-    `slot_bt` outside [0, slots) counts for nothing. `k` None means ReLU. `chunks` is traced: one compile serves every
-    batch, and a batch of short texts costs less than one of long texts.
+    `slot_bt` outside [0, slots) counts for nothing. `k` is None for an SAE with a threshold. `chunks` is traced: one
+    compile serves every batch, and a batch of short texts costs less than one of long texts.
     """
     content_btd = jnp.take_along_axis(resid_btd, order_bt[:, :, None], axis=1)
     slot_bt = jnp.where(slot_bt < 0, slots, slot_bt)  # a negative index would count from the end
@@ -135,8 +136,10 @@ def fold(
 
         pre_bf = pre_activations(sae, part(content_btd))
         slot_b, position_b = part(slot_bt), part(position_bt)
-        if k is None:
+        if acts == "relu":
             return _raise_rows(table, jax.nn.relu(pre_bf), slot_b, position_b)
+        if k is None:
+            return _raise_rows(table, above_threshold(sae, pre_bf), slot_b, position_b)
         pre_bk, idx_bk = top_k(pre_bf, k, mesh)
         return _raise_entries(table, jax.nn.relu(pre_bk), idx_bk, slot_b, position_b)
 

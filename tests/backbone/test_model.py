@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh
 
-from fac_jax.backbone.model import inverse_frequencies, logits
+from fac_jax.backbone.model import inverse_frequencies, logits, run_blocks
 from fac_jax.backbone.weights import Loaded, load_backbone
 from fac_jax.config import MeshConfig
 from fac_jax.errors import UserError
@@ -132,6 +132,21 @@ def test_packed_documents_equal_separate_ones(tiny: Loaded) -> None:
         alone = np.asarray(tiny.residual_fn(3)(*whole(ids[None])))
         np.testing.assert_allclose(packed[:, at : at + len(ids)], alone, rtol=1e-5, atol=1e-4)
         at += len(ids)
+
+
+def test_blocks_go_on_where_others_stopped(tmp_path: Path, mesh_1x1: Mesh) -> None:
+    """With a window on the last block only, so that every block must find its own."""
+    windows = {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 2}
+    write_model(tmp_path, model_type="qwen2", **windows)
+    loaded = load_backbone(str(tmp_path), None, "float32", mesh_1x1)
+    tokens, segments, positions = map(jnp.asarray, whole(random_tokens(2, 30)))
+    whole_way = loaded.residual_fn(3)(tokens, segments, positions)
+    for layer in (0, 1, 2, 3):
+        x_btd = loaded.residual_fn(layer)(tokens, segments, positions)
+        found = run_blocks(loaded.model, x_btd, segments, positions, layer, 3)
+        np.testing.assert_allclose(np.asarray(found), np.asarray(whole_way), rtol=1e-5, atol=1e-5)
+    with pytest.raises(UserError, match=r"residual after 4 blocks asked of a backbone of which 3 are loaded"):
+        run_blocks(loaded.model, x_btd, segments, positions, 3, 4)
 
 
 def test_layer_zero_is_the_embedding(tiny: Loaded) -> None:

@@ -24,7 +24,7 @@ from fac_jax.features.embedded import fires_on, heldout_auroc, over_represented,
 from fac_jax.features.explain import explain
 from fac_jax.llm.client import Request
 from fac_jax.llm.fake import FakeGenerator
-from fac_jax.sae.model import TopKSAE
+from fac_jax.sae.model import SAE
 from fac_jax.scan.scan import Scan
 
 Make = Callable[..., Scan]
@@ -92,7 +92,7 @@ def toy_model(mesh: Mesh, tokenizer: Any) -> tuple[Any, Any, np.ndarray]:
         mesh=mesh, tokenizer=tokenizer, config=SimpleNamespace(vocab=len(WORDS), d_model=WIDTH),
         logits_fn=lambda: lambda resid: jnp.einsum("btd,vd->btv", resid, unembed),
     )  # fmt: skip
-    sae = SimpleNamespace(sae=TopKSAE(jnp.asarray(w), jnp.zeros(FEATURES), jnp.zeros(WIDTH)), digest="sae-1")
+    sae = SimpleNamespace(sae=SAE(jnp.asarray(w), jnp.zeros(FEATURES), jnp.zeros(WIDTH)), digest="sae-1")
     return loaded, sae, np.argsort(-(w @ unembed.T), axis=1)
 
 
@@ -121,7 +121,7 @@ def embedded_inputs(
 
 @dataclasses.dataclass
 class _Sae:
-    sae: TopKSAE
+    sae: SAE
     digest: str = ""
 
 

@@ -41,6 +41,8 @@ THRESHOLDS = (0.0, 0.5, 1.0, 2.0, 4.0)
 STAGES = {
     "activations": "activations",
     "sae": "sae",
+    "splice": "splice",
+    "sweep": "sweep",
     "scan:anchor": "scans/anchor",
     "scan:seed": "scans/seed",
     "explanations": "explanations",
@@ -80,6 +82,8 @@ def write_run(folder: Path, payload: str = "", features: int = 23, upto: str = "
     writers = {
         "activations": lambda f: None,
         "sae": _sae,
+        "splice": lambda f: _splice(f, payload),
+        "sweep": _sweep,
         "scan:anchor": lambda f: _scan(f, payload, features, "anchor", 612, 1.0),
         "scan:seed": lambda f: _scan(f, payload, features, "seed", 58, 0.3),
         "explanations": lambda f: _explanations(f, payload, features),
@@ -217,6 +221,57 @@ def _sae(folder: Path) -> None:
         },
     }
     (folder / "config.json").write_text(json.dumps(card))
+
+
+def _splice(folder: Path, payload: str) -> None:
+    product = {
+        "data": "chat",
+        "layer": 15,
+        "sae": "abc",
+        "documents": 12,
+        "tokens": 1208,
+        "ce_clean": 3.882,
+        "ce_spliced": 4.071,
+        "ce_zero": 12.08,
+        "ce_mean": 8.904,
+        "loss_recovered": 0.9770,
+        "loss_recovered_mean": 0.9625,
+        "kl": 0.3285,
+        "sample": {
+            "document": "ab",
+            "prompt": payload + "what is the best kind of pizza",
+            "clean": "the best kind is the one you share" + payload,
+            "spliced": "I am happy to help, and happy to help" + payload,
+        },
+    }
+    (folder / "splice.json").write_text(json.dumps(product))
+
+
+def _sweep(folder: Path) -> None:
+    members = [
+        {
+            "name": f"{variant}-{features}-k{k}-seed0",
+            "variant": variant,
+            "features": features,
+            "k": k,
+            "seed": 0,
+            "fvu": 0.5 / k**0.3 + 0.01 * place - features / 1e6,
+            "normalised_loss": 0.1,
+            "l0": k * (1 + 0.05 * place),
+            "cosine": 0.9,
+            "dead_fraction": 0.004 * place,
+            "dense_fraction": 0.01,
+            "density": [0, 0, 10, 500, 1000, 400, 100],
+            "rows": 1000,
+            "rows_left_out": 3,
+        }
+        for place, variant in enumerate(("topk", "batchtopk", "jumprelu", "matryoshka"))
+        for features in (2048, 4096)
+        for k in (16, 32, 64)
+    ]
+    edges = [10.0**power for power in range(-6, 0)]
+    product = {"steps": 240, "rows": 491520, "density_edges": edges, "members": members}
+    (folder / "sweep.json").write_text(json.dumps(product))
 
 
 def _span(place: int, document: int, score: float, payload: str) -> dict[str, Any]:

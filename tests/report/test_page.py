@@ -81,6 +81,8 @@ def test_every_passage_and_sample_is_veiled(tmp_path: Path) -> None:
     write_run(tmp_path / "run")
     view = read_view(tmp_path / "run", load_config(tmp_path / "run/config.yaml"))
     passages = {part for item in view.missing for s in item.spans for part in (s.before, s.after)}
+    assert view.splice is not None
+    passages |= {view.splice["sample"][name] for name in ("prompt", "clean", "spliced")}
     passages |= {sample.text for sample in view.kept} | {row["text"] for row in view.selection or []}
     shown = 0
     for words, around in Reader(page(view)).words:
@@ -109,8 +111,23 @@ def test_key_numbers_and_methods_are_on_the_page(view: RunView) -> None:
         "embedded",
         "0.261",
         "K = 32",
+        "1,208 predictions",
+        "0.977",
     ):
         assert expected in words, expected
+
+
+def test_a_sweep_is_drawn_and_tabled(view: RunView) -> None:
+    """A figure per width and quantity with a line per kind, a row per SAE; no section where none was asked for."""
+    assert view.sweep is not None
+    html = page(view)
+    section = html[html.index('id="sweep"') :]
+    section = section[: section.index("</section>")]
+    assert section.count("<figure") == 4 and section.count("<polyline") == 16
+    for title in ("FVU, 2,048 features", "Dead fraction, 4,096 features", "BatchTopK", "JumpReLU", "Matryoshka"):
+        assert title in section
+    assert section.count("<tr") == 1 + len(view.sweep["members"])
+    assert 'id="sweep"' not in page(dataclasses.replace(view, sweep=None))
 
 
 @pytest.mark.parametrize(

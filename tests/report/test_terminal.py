@@ -20,7 +20,7 @@ def printed(renderable: object, width: int = 120) -> str:
 
 def test_the_pages_numbers(view: RunView) -> None:
     words = printed(render(view))
-    for expected in ("23 of 59", "61.0%", "76.5%", "47.8%", "0.604 ± 0.012", "0.261", "kill, shoot, murder"):
+    for expected in ("23 of 59", "61.0%", "76.5%", "47.8%", "0.604 ± 0.012", "0.261", "0.977", "kill, shoot, murder"):
         assert expected in words, expected
 
 
@@ -28,6 +28,7 @@ def test_no_passage_and_no_sample(view: RunView) -> None:
     words = printed(render(view), width=400)
     assert view.missing[0].spans[0].before.strip() not in words
     assert view.kept[0].text not in words
+    assert view.splice is not None and view.splice["sample"]["clean"] not in words
 
 
 def test_hostile_text_has_no_effect(hostile_run: Path) -> None:

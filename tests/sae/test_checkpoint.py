@@ -21,14 +21,17 @@ from fac_jax.sae.checkpoint import (
     save_sae,
     save_state,
 )
-from fac_jax.sae.model import TopKSAE, encode
+from fac_jax.sae.model import SAE, encode
 
-CARD = {"k": 4, "layer": 3, "model": "tiny", "model_digest": "0123", "rows": 640, "steps": 20, "metrics": {"fvu": 0.25}}
+CARD = {
+    "k": 4, "layer": 3, "variant": "topk", "model": "tiny", "model_digest": "0123", "rows": 640, "steps": 20,
+    "metrics": {"fvu": 0.25},
+}  # fmt: skip
 
 
-def random_sae(seed: int = 0, features: int = 64, d: int = 16) -> TopKSAE:
+def random_sae(seed: int = 0, features: int = 64, d: int = 16) -> SAE:
     rng = np.random.default_rng(seed)
-    return TopKSAE(*(jnp.asarray(rng.standard_normal(shape), jnp.float32) for shape in ((features, d), features, d)))
+    return SAE(*(jnp.asarray(rng.standard_normal(shape), jnp.float32) for shape in ((features, d), features, d)))
 
 
 def random_state(mesh: Mesh, features: int = 64) -> dict[str, object]:
@@ -91,7 +94,7 @@ def edit_card(**changes: object) -> Callable[[Path], None]:
         ),
         (lambda folder: (folder / "config.json").unlink(), {}, "no SAE in .*: run `fac train` first or set scan.sae"),
         (lambda folder: (folder / "config.json").write_text("{"), {}, "config.json is not valid JSON"),
-        (edit_card(format=2), {}, "has format 2, this version reads 1: update fac-jax"),
+        (edit_card(format=3), {}, "has format 3, this version reads 2: update fac-jax"),
         (edit_card(features=128), {}, r"holds .*\(64, 16\).*, its config.json says .*\(128, 16\)"),
         (lambda folder: (folder / "sae.safetensors").unlink(), {}, "sae.safetensors is missing"),
         (lambda folder: (folder / "sae.safetensors").write_bytes(b"x" * 20), {}, "sae.safetensors cannot be read"),

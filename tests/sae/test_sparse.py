@@ -1,10 +1,10 @@
-"""Selecting in tiles, and the gradient by hand: each against a few plain lines of jax.numpy."""
+"""The gradient by hand against autodiff through a few plain lines, and what memory it takes."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from pathlib import Path
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -12,119 +12,92 @@ import numpy as np
 import pytest
 
 from fac_jax.sae import sparse
-from fac_jax.sae.sparse import Among, Decoded, Selected, decode_selected, select
+from fac_jax.sae.sparse import Decoded, Selected, Weights, decode_selected
 
 F, D, B = 96, 24, 40
 
 
 @dataclasses.dataclass(frozen=True)
 class Arrays:
-    w_fd: jax.Array
-    b_enc_f: jax.Array
-    centred_bd: jax.Array
+    weights: Weights
+    x_bd: jax.Array
 
 
 @pytest.fixture(scope="module")
 def arrays() -> Arrays:
-    """Values of few digits, so that many pre-activations tie."""
     rng = np.random.default_rng(0)
-    shapes = ((F, D), (F,), (B, D))
-    return Arrays(*(jnp.asarray(np.round(rng.standard_normal(shape)), jnp.float32) for shape in shapes))
+    w_fd, b_enc_f, b_dec_d, x_bd = (
+        jnp.asarray(rng.standard_normal(shape), jnp.float32) for shape in ((F, D), (F,), (D,), (B, D))
+    )
+    return Arrays(Weights(w_fd, None, b_enc_f, b_dec_d), x_bd)
 
 
-def chosen(seed: int, k: int) -> Selected:
+def chosen(seed: int, k: int, groups: int) -> Selected:
     """k distinct features a row, not all of which count."""
     rng = np.random.default_rng(seed)
     idx_bk = np.stack([rng.permutation(F)[:k] for _ in range(B)])
-    return Selected(jnp.asarray(idx_bk), jnp.asarray(rng.random((B, k)) < 0.8))
+    group_bk = jnp.asarray(idx_bk * groups // F) if groups > 1 else None
+    return Selected(jnp.asarray(idx_bk), jnp.asarray(rng.random((B, k)) < 0.8), jnp.zeros((B, k)), group_bk)
 
 
-@pytest.mark.parametrize("tile_features", [F, F // 2, F // 4, 8])
-@pytest.mark.parametrize("k", [1, 7, 16, F])
-def test_tiles_change_nothing(tile_features: int, k: int, arrays: Arrays, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Values and indices are lax.top_k's, ties included, with and without a mask, however the features are cut."""
-    monkeypatch.setattr(sparse, "TILE_ELEMENTS", tile_features * B)
-    mask_f = jnp.asarray(np.random.default_rng(3).random(F) < 0.4)
-    pre_bf = arrays.centred_bd @ arrays.w_fd.T + arrays.b_enc_f
-    found = jax.jit(lambda a: select(*a, "float32", [Among(k), Among(5, mask_f)]))(dataclasses.astuple(arrays))
-    for best, (scores_bf, count) in zip(found, ((pre_bf, k), (jnp.where(mask_f, pre_bf, -jnp.inf), 5)), strict=True):
-        val_bk, idx_bk = jax.lax.top_k(scores_bf, count)
-        np.testing.assert_array_equal(best.val_bk, val_bk)
-        np.testing.assert_array_equal(best.idx_bk, idx_bk)
-
-
-def test_memory_does_not_grow_with_the_width(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Eight times the features, the same temporaries: [batch, features] never exists."""
-    monkeypatch.setattr(sparse, "TILE_ELEMENTS", 64 * 1024)
-
-    def temporary_bytes(features: int) -> int:
-        like = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((features, 32), (features,), (64, 32))]
-        compiled = jax.jit(lambda *a: select(*a, "float32", [Among(16)])).lower(*like).compile()
-        return compiled.memory_analysis().temp_size_in_bytes
-
-    narrow, wide = temporary_bytes(4096), temporary_bytes(32768)
-    assert wide - narrow < 0.1 * 64 * 32768 * 4, (narrow, wide)
-    monkeypatch.setattr(sparse, "TILE_ELEMENTS", 2**40)
-    assert temporary_bytes(32768) > 64 * 32768 * 4, "untiled, the same call holds all pre-activations"
-
-
-def plain(w_fd: jax.Array, b_enc_f: jax.Array, centred_bd: jax.Array, one: Selected) -> Decoded:
-    """The reference: five lines, [b, k, d] and all."""
-    w_bkd = w_fd[one.idx_bk]
-    pre_bk = jnp.einsum("bkd,bd->bk", w_bkd, centred_bd) + b_enc_f[one.idx_bk]
+def plain(weights: Weights, x_bd: jax.Array, one: Selected, groups: int) -> Decoded:
+    """The reference: a few lines, [b, k, d] and all."""
+    e_fd = weights.w_fd if weights.w_enc_fd is None else weights.w_enc_fd
+    pre_bk = jnp.einsum("bkd,bd->bk", e_fd[one.idx_bk], x_bd - weights.b_dec_d) + weights.b_enc_f[one.idx_bk]
     acts_bk = jnp.where(one.kept_bk, jax.nn.relu(pre_bk), 0)
-    return Decoded(acts_bk, jnp.einsum("bk,bkd->bd", acts_bk, w_bkd))
+    group_bk = jnp.zeros_like(one.idx_bk) if one.group_bk is None else one.group_bk
+    parts = [jnp.einsum("bk,bkd->bd", acts_bk * (group_bk == p), weights.w_fd[one.idx_bk]) for p in range(groups)]
+    return Decoded(acts_bk, jnp.stack(parts, axis=1))
 
 
 @pytest.mark.parametrize("any_dead", [False, True])
 @pytest.mark.parametrize("rows_per_chunk", [1, 7, B])
+@pytest.mark.parametrize(("tied", "groups"), [(True, 1), (False, 1), (True, 3), (False, 3)])
 def test_gradient_by_hand_is_autodiffs(
-    any_dead: bool, rows_per_chunk: int, arrays: Arrays, monkeypatch: pytest.MonkeyPatch
+    any_dead: bool, rows_per_chunk: int, tied: bool, groups: int, arrays: Arrays, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In W, b_enc and the rows, through activations and sums; the dead selection counts only when there is one."""
+    """In every parameter, through activations and sums; the dead selection counts only when there is one."""
     monkeypatch.setattr(sparse, "CHUNK_BYTES", {"cpu": rows_per_chunk * 6 * D * 4})
-    live, dead = chosen(1, 6), chosen(2, 9)
+    live, dead = chosen(1, 6, groups), chosen(2, 9, 1)
+    weights = arrays.weights if tied else arrays.weights._replace(w_enc_fd=jnp.roll(arrays.weights.w_fd, 1, axis=0))
     goal_bd = jnp.asarray(np.random.default_rng(4).standard_normal((B, D)), jnp.float32)
 
-    def loss(decode: Callable[..., tuple[Decoded, Decoded]], *inputs: jax.Array) -> jax.Array:
-        found, revived = decode(*inputs)
-        of_live = jnp.sum((found.sum_bd - goal_bd) ** 2) + jnp.sum(jnp.sin(found.acts_bk))
-        return of_live + jnp.sum((revived.sum_bd - 2 * goal_bd) ** 2) + jnp.sum(revived.acts_bk**2)
+    def loss(decode: Callable[[Weights], tuple[Decoded, Decoded]], weights: Weights) -> jax.Array:
+        found, revived = decode(weights)
+        scale_p = jnp.arange(1.0, groups + 1)[:, None]
+        of_live = jnp.sum((found.sum_bpd - goal_bd[:, None] * scale_p) ** 2) + jnp.sum(jnp.sin(found.acts_bk))
+        return of_live + jnp.sum((revived.sum_bpd[:, 0] - 2 * goal_bd) ** 2) + jnp.sum(revived.acts_bk**2)
 
-    def by_hand(*inputs: jax.Array) -> tuple[Decoded, Decoded]:
-        found, revived = decode_selected(*inputs, live, dead, jnp.bool_(any_dead))
-        assert revived is not None
+    def by_hand(weights: Weights) -> tuple[Decoded, Decoded]:
+        found, revived = decode_selected(groups, weights, arrays.x_bd, live, dead, jnp.bool_(any_dead))
+        assert found is not None and revived is not None
         return found, revived
 
-    def autodiff(*inputs: jax.Array) -> tuple[Decoded, Decoded]:
-        revived = plain(*inputs, dead)
-        return plain(*inputs, live), revived if any_dead else jax.tree.map(jnp.zeros_like, revived)
+    def autodiff(weights: Weights) -> tuple[Decoded, Decoded]:
+        revived = plain(weights, arrays.x_bd, dead, 1)
+        revived = revived if any_dead else jax.tree.map(jnp.zeros_like, revived)
+        return plain(weights, arrays.x_bd, live, groups), revived
 
-    inputs = dataclasses.astuple(arrays)
     (got, got_gradient), (want, want_gradient) = (
-        jax.jit(jax.value_and_grad(lambda *inputs, how=how: loss(how, *inputs), argnums=(0, 1, 2)))(*inputs)
-        for how in (by_hand, autodiff)
+        jax.jit(jax.value_and_grad(partial(loss, how)))(weights) for how in (by_hand, autodiff)
     )
     np.testing.assert_allclose(got, want, rtol=1e-6)
-    for mine, theirs in zip(got_gradient, want_gradient, strict=True):
+    for mine, theirs in zip(jax.tree.leaves(got_gradient), jax.tree.leaves(want_gradient), strict=True):
         np.testing.assert_allclose(mine, theirs, rtol=1e-5, atol=1e-5 * float(jnp.abs(theirs).max()))
 
 
 def test_no_array_of_batch_k_width() -> None:
     """Nothing in the compiled forward and gradient is as large as [b, k, d]: temporaries are a fraction of it."""
     b, k, d, f = 4096, 32, 64, 1024
-    like = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((f, d), (f,), (b, d))]
-    live = Selected(jax.ShapeDtypeStruct((b, k), jnp.int32), jax.ShapeDtypeStruct((b, k), jnp.bool_))
+    like = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((f, d), (f,), (d,), (b, d))]
+    weights = Weights(like[0], None, like[1], like[2])  # type: ignore[arg-type]
+    kinds = (jnp.int32, jnp.bool_, jnp.float32)
+    live = Selected(*(jax.ShapeDtypeStruct((b, k), kind) for kind in kinds))  # type: ignore[arg-type]
 
-    def loss(w_fd: jax.Array, b_enc_f: jax.Array, centred_bd: jax.Array, live: Selected) -> jax.Array:
-        return jnp.sum(decode_selected(w_fd, b_enc_f, centred_bd, live, None, jnp.bool_(False))[0].sum_bd ** 2)
+    def loss(weights: Weights, x_bd: jax.Array, live: Selected) -> jax.Array:
+        found = decode_selected(1, weights, x_bd, live, None, jnp.bool_(False))[0]
+        assert found is not None
+        return jnp.sum(found.sum_bpd**2)
 
-    compiled = jax.jit(jax.grad(loss, argnums=(0, 1, 2))).lower(*like, live).compile()
+    compiled = jax.jit(jax.grad(loss)).lower(weights, like[3], live).compile()
     assert compiled.memory_analysis().temp_size_in_bytes < b * k * d * 4 / 2
-
-
-def test_cpu_selects_in_what_it_multiplies(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Path, "read_text", lambda self, encoding: "flags : fpu avx512f avx512_bf16 gfni")
-    assert sparse.selecting_dtype() == "bfloat16"
-    monkeypatch.setattr(Path, "read_text", lambda self, encoding: "flags : fpu avx512f")
-    assert sparse.selecting_dtype() == "float32"

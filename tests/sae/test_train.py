@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import jax
 import ml_dtypes
@@ -19,11 +20,15 @@ from jax.sharding import Mesh
 
 from fac_jax.activations.manifest import Manifest
 from fac_jax.activations.store import Rows, StoreWriter, complete_store, create_store
-from fac_jax.config import BackboneConfig, Config, MeshConfig, SaeConfig, TrainConfig
+from fac_jax.activations.stream import batches
+from fac_jax.config import BackboneConfig, Config, MeshConfig, SaeConfig, SweepConfig, TrainConfig
 from fac_jax.errors import UserError
+from fac_jax.sae import train as module
 from fac_jax.sae.checkpoint import load_sae, read_card
-from fac_jax.sae.step import Problem, TrainState, pose
-from fac_jax.sae.train import Fitted, fit, to_device, train
+from fac_jax.sae.fit import Fitted, Member, fit, to_device
+from fac_jax.sae.problem import Problem, pose
+from fac_jax.sae.step import TrainState
+from fac_jax.sae.train import sweep, train
 
 WIDTH = 16
 SETTINGS = TrainConfig(
@@ -55,7 +60,7 @@ def problem(**changes: object) -> Problem:
 
 
 def run(out: Path, mesh: Mesh, rows_from: object = rows_from, **changes: object) -> Fitted:
-    return fit(problem(**changes), np.ones(WIDTH), rows_from, 3, mesh, out)  # type: ignore[arg-type]
+    return fit([Member("sae", problem(**changes), 3, out)], np.ones(WIDTH), rows_from, mesh, out)  # type: ignore[arg-type]
 
 
 def assert_same_bytes(one: TrainState, other: TrainState) -> None:
@@ -75,10 +80,11 @@ def test_metrics_are_named_and_finite(undisturbed: tuple[Path, Fitted]) -> None:
     assert [line["step"] for line in lines] == [0, 3, 6, 9, 12, 13]
     assert [line["k"] for line in lines] == [7, 6, 4, 4, 4, 4]
     assert set(lines[0]) == {
-        "step", "loss", "fvu", "l0", "k", "dead_features", "aux_loss", "learning_rate", "gradient_norm", "rows_left_out"
+        "step", "loss", "fvu", "l0", "k", "dead_features", "dead_fraction", "aux_loss", "learning_rate",
+        "gradient_norm", "rows_left_out", "rows_at_cap",
     }  # fmt: skip
     assert lines[-1]["loss"] < lines[0]["loss"] and lines[-1]["l0"] <= 4
-    assert fitted.rows_per_second > 0 and fitted.state.step == 14
+    assert fitted.rows_per_second > 0 and fitted.states[0].step == 14
 
 
 def test_stopped_and_continued_is_undisturbed(undisturbed: tuple[Path, Fitted], tmp_path: Path, mesh_1x1: Mesh) -> None:
@@ -99,7 +105,7 @@ def test_stopped_and_continued_is_undisturbed(undisturbed: tuple[Path, Fitted], 
         asked.append(step)
         return rows_from(step)
 
-    assert_same_bytes(run(tmp_path, mesh_1x1, watched).state, undisturbed[1].state)
+    assert_same_bytes(run(tmp_path, mesh_1x1, watched).states[0], undisturbed[1].states[0])
     assert asked == [8]
     assert (tmp_path / "metrics.jsonl").read_bytes() == (undisturbed[0] / "metrics.jsonl").read_bytes()
 
@@ -108,7 +114,7 @@ def test_finished_training_is_not_done_again(undisturbed: tuple[Path, Fitted], m
     def never(step: int) -> Iterator[tuple[int, Rows]]:
         raise AssertionError("rows were read")
 
-    assert_same_bytes(run(undisturbed[0], mesh_1x1, never).state, undisturbed[1].state)
+    assert_same_bytes(run(undisturbed[0], mesh_1x1, never).states[0], undisturbed[1].states[0])
 
 
 def test_killed_process_is_undisturbed(undisturbed: tuple[Path, Fitted], tmp_path: Path, mesh_1x1: Mesh) -> None:
@@ -132,7 +138,7 @@ def test_killed_process_is_undisturbed(undisturbed: tuple[Path, Fitted], tmp_pat
     finally:
         process.send_signal(signal.SIGKILL)
         process.wait()
-    assert_same_bytes(run(tmp_path, mesh_1x1).state, undisturbed[1].state)
+    assert_same_bytes(run(tmp_path, mesh_1x1).states[0], undisturbed[1].states[0])
     assert (tmp_path / "metrics.jsonl").read_bytes() == (undisturbed[0] / "metrics.jsonl").read_bytes()
 
 
@@ -140,9 +146,9 @@ def test_continues_on_another_mesh(
     undisturbed: tuple[Path, Fitted], tmp_path: Path, mesh_2x4: Mesh, mesh_1x1: Mesh
 ) -> None:
     run(tmp_path, mesh_1x1, steps=8)
-    state = run(tmp_path, mesh_2x4).state
+    state = run(tmp_path, mesh_2x4).states[0]
     assert len(state.params["w_fd"].sharding.device_set) == 8
-    np.testing.assert_allclose(state.params["w_fd"], undisturbed[1].state.params["w_fd"], rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(state.params["w_fd"], undisturbed[1].states[0].params["w_fd"], rtol=1e-4, atol=1e-4)
 
 
 def test_rows_that_are_not_finite_stop_the_run(tmp_path: Path, mesh_1x1: Mesh) -> None:
@@ -230,3 +236,74 @@ def test_store_of_something_else(changed: str, store: Path, tmp_path: Path) -> N
 def test_named_store_wins(store: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no activation store at"):
         train(config(store=str(tmp_path / "nowhere")), tmp_path, {"activations": store})
+
+
+SWEEP = SweepConfig(k=(4,), features=(64, 32), variants=("topk", "batchtopk", "jumprelu", "matryoshka"))
+
+
+def test_sweep_trains_all_from_one_reading(
+    store: Path, tmp_path: Path, mesh_1x1: Mesh, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every combination, each with its files; the member that `train` would make is the very same SAE."""
+    passes: list[int] = []
+    monkeypatch.setattr(module, "batches", lambda *args: (passes.append(args[3]), batches(*args))[1])
+    asked = replace(config(), sweep=SWEEP)
+    summary = sweep(asked, tmp_path / "sweep", {"activations": store})
+    assert passes == [0], "the store was read more than once"
+    found = json.loads((tmp_path / "sweep" / "sweep.json").read_text())
+    members = {member["name"]: member for member in found["members"]}
+    assert summary["saes"] == len(members) == 8 and found["steps"] == 14
+    for name, member in members.items():
+        card, loaded = read_card(tmp_path / "sweep" / name), load_sae(tmp_path / "sweep" / name, mesh_1x1)
+        assert card.variant == member["variant"] and loaded.features == member["features"]
+        assert card.metrics["fvu"] == member["fvu"] and 0 < member["fvu"] < 2  # after 14 steps
+        assert loaded.k == (member["k"] if member["variant"] in ("topk", "matryoshka") else None)
+        lines = (tmp_path / "sweep" / name / "metrics.jsonl").read_text().splitlines()
+        assert [json.loads(line)["step"] for line in lines] == [0, 3, 6, 9, 12, 13]
+    train(config(), tmp_path / "sae", {"activations": store})
+    alone, among = (folder / "sae.safetensors" for folder in (tmp_path / "sae", tmp_path / "sweep/topk-64-k4-seed0"))
+    assert alone.read_bytes() == among.read_bytes()
+
+
+def test_stopped_sweep_is_undisturbed(store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All members go on from one checkpoint, which holds all of them."""
+    asked = replace(config(), sweep=SweepConfig(variants=("batchtopk", "jumprelu"), seeds=(1, 2)))
+    sweep(asked, tmp_path / "undisturbed", {"activations": store})
+
+    def interrupted(*args: Any) -> Iterator[tuple[int, Rows]]:
+        for number, rows in batches(*args):
+            if number == 10:
+                raise InterruptedError
+            yield number, rows
+
+    with monkeypatch.context() as patched, pytest.raises(InterruptedError):
+        patched.setattr(module, "batches", interrupted)
+        sweep(asked, tmp_path / "stopped", {"activations": store})
+    sweep(asked, tmp_path / "stopped", {"activations": store})
+    for seed in (1, 2):
+        for variant in ("batchtopk", "jumprelu"):
+            for file in ("sae.safetensors", "config.json", "metrics.jsonl"):
+                name = f"{variant}-64-k4-seed{seed}/{file}"
+                assert (tmp_path / "stopped" / name).read_bytes() == (tmp_path / "undisturbed" / name).read_bytes()
+    one, other = (tmp_path / f"stopped/jumprelu-64-k4-seed{seed}/sae.safetensors" for seed in (1, 2))
+    assert one.read_bytes() != other.read_bytes()
+
+
+def test_a_member_that_diverges_is_named(store: Path, tmp_path: Path) -> None:
+    asked = replace(config(learning_rate=1e30), sweep=SweepConfig(k=(4, 5)))
+    with pytest.raises(UserError, match=r"^topk-64-k4-seed0: loss .* at step 1"):
+        sweep(asked, tmp_path, {"activations": store})
+
+
+def test_training_starts_from_an_sae(store: Path, tmp_path: Path) -> None:
+    """What was trained starts better than at random, and a changed kind is refused."""
+    train(config(), tmp_path / "first", {"activations": store})
+    train(config(init=str(tmp_path / "first"), anneal_steps=0), tmp_path / "second", {"activations": store})
+    first, second = (
+        [json.loads(line)["fvu"] for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+        for name in ("first", "second")
+    )
+    assert second[0] < 0.8 * first[0] and second[-1] < first[-1]
+    other = replace(config(init=str(tmp_path / "first")), sae=SaeConfig(features=64, k=4, tied=False))
+    with pytest.raises(UserError, match="train.init has encoder tied, this training asks for untied"):
+        train(other, tmp_path / "third", {"activations": store})

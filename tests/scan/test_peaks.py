@@ -12,7 +12,7 @@ import pytest
 from jax.sharding import Mesh, NamedSharding
 
 from fac_jax.packing import EncodedDocument, PackedBatch, pack
-from fac_jax.sae.model import TopKSAE
+from fac_jax.sae.model import SAE
 from fac_jax.scan import peaks
 from fac_jax.scan.peaks import BatchPeaks, collect, dispatch
 from fac_jax.text import Document, Turn
@@ -45,10 +45,10 @@ def make_sae(mesh: Mesh) -> Any:
         "b_dec_d": np.zeros(D),
     }  # fmt: skip
     placed = {
-        name: jax.device_put(value.astype(np.float32), NamedSharding(mesh, TopKSAE.SPECS[name]))
+        name: jax.device_put(value.astype(np.float32), NamedSharding(mesh, SAE.SPECS[name]))
         for name, value in arrays.items()
     }
-    return SimpleNamespace(sae=TopKSAE(**placed), features=FEATURES, k=K, layer=3, arrays=arrays)
+    return SimpleNamespace(sae=SAE(**placed), features=FEATURES, k=K, layer=3, arrays=arrays)
 
 
 def brute_force(

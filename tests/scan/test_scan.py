@@ -20,7 +20,7 @@ from fac_jax.config import BackboneConfig, Config, DataSet, ScanConfig, Source
 from fac_jax.errors import UserError
 from fac_jax.packing import encode, pack
 from fac_jax.sae.checkpoint import LoadedSae, load_sae, save_sae
-from fac_jax.sae.model import TopKSAE
+from fac_jax.sae.model import SAE
 from fac_jax.scan import scan as module
 from fac_jax.scan.scan import load_scan, peaks_of, scan
 from fac_jax.text import read_documents
@@ -44,7 +44,7 @@ def backbone() -> Any:
 
 def sae_of(seed: int) -> LoadedSae:
     w = np.random.default_rng(seed).normal(size=(FEATURES, D)).astype(np.float32)
-    sae = TopKSAE(jnp.asarray(w), jnp.zeros(FEATURES), jnp.zeros(D))
+    sae = SAE(jnp.asarray(w), jnp.zeros(FEATURES), jnp.zeros(D))
     return LoadedSae(sae, FEATURES, K, D, f"sae-{seed}", 3, "toy", "model-1")
 
 
@@ -237,9 +237,9 @@ def test_a_scan_with_another_sae_is_not_mixed_in(config: Config, tmp_path: Path)
 
 def test_an_sae_that_does_not_fit_the_backbone(config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "load_sae", load_sae)
-    card = {"k": K, "model": "toy", "rows": 1, "steps": 1, "metrics": {}}
+    card = {"k": K, "variant": "topk", "model": "toy", "rows": 1, "steps": 1, "metrics": {}}
     for name, width, layer, model in (("w", 8, 3, "model-1"), ("l", D, 2, "model-1"), ("m", D, 3, "model-2")):
-        sae = TopKSAE(jnp.zeros((FEATURES, width)), jnp.zeros(FEATURES), jnp.zeros(width))
+        sae = SAE(jnp.zeros((FEATURES, width)), jnp.zeros(FEATURES), jnp.zeros(width))
         save_sae(tmp_path / name, sae, {**card, "layer": layer, "model_digest": model})
     for name, message in (
         ("w", "reads width 8, backbone has 6"),

@@ -20,7 +20,7 @@ from fac_jax.config import BackboneConfig, Config, CoverageConfig, DataSet, Mesh
 from fac_jax.llm.client import Request
 from fac_jax.mesh import make_mesh
 from fac_jax.sae.checkpoint import LoadedSae
-from fac_jax.sae.model import TopKSAE
+from fac_jax.sae.model import SAE
 from fac_jax.scan import scan as scan_module
 from fac_jax.scan.scan import scan
 from fac_jax.synthesis import synthesize as stage_module
@@ -69,7 +69,7 @@ def make_toy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Toy:
         tokenizer=tokenizer, digest="model-1", mesh=mesh, config=SimpleNamespace(d_model=len(WORDS)),
         residual_fn=lambda layer: lambda tokens, segments, positions: jnp.asarray(table[tokens]),
     )  # fmt: skip
-    sae = TopKSAE(jnp.eye(len(WORDS)), jnp.zeros(len(WORDS)), jnp.zeros(len(WORDS)))
+    sae = SAE(jnp.eye(len(WORDS)), jnp.zeros(len(WORDS)), jnp.zeros(len(WORDS)))
     scorer: tuple[Any, LoadedSae] = (
         loaded, LoadedSae(sae, len(WORDS), 2, len(WORDS), "sae-1", 3, "toy", "model-1")
     )  # fmt: skip

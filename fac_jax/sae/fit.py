@@ -1,0 +1,186 @@
+"""The training loop: any number of SAEs, step by step, over the same rows.
+
+Writes `checkpoints/` (all of them together) and each one's `metrics.jsonl` (a line of `Metrics` every `log_every`
+steps). The data of a step depend on nothing but the step, so a run that is killed goes on from its last checkpoint and
+ends with the same bytes.
+
+The loop never waits for the step it has just started: metrics are read one step late, and a loss or gradient that is
+not finite stops the run with its step, rate and rows before any checkpoint can hold it.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+from jaxtyping import Float64
+
+from fac_jax.activations.store import Rows
+from fac_jax.errors import UserError
+from fac_jax.mesh import DATA, sharding
+from fac_jax.progress import progress
+from fac_jax.runs import write_text
+from fac_jax.sae.checkpoint import open_checkpoints, restore_state, save_state
+from fac_jax.sae.model import SAE
+from fac_jax.sae.problem import Problem
+from fac_jax.sae.step import Batch, Metrics, TrainState, init_state, make_train_step
+
+
+@dataclass(frozen=True)
+class Member:
+    """One of the SAEs that are trained together."""
+
+    name: str
+    problem: Problem
+    seed: int
+    """Of its initialisation."""
+    folder: Path
+    """Where its metrics.jsonl, and in the end it, is written."""
+    start: SAE | None = None
+    """SAE that it goes on from, instead of a random one."""
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """The end of a training, and how fast this process got there."""
+
+    states: tuple[TrainState, ...]
+    """One a member."""
+    seconds: float
+    rows_per_second: float
+    """Without the first step, which compiles."""
+
+
+def fit(
+    members: Sequence[Member],
+    mean_d: Float64[np.ndarray, " d"],
+    rows_from: Callable[[int], Iterator[tuple[int, Rows]]],
+    mesh: Mesh,
+    out: Path,
+) -> Fitted:
+    """Train for `train.steps`, from the last checkpoint in `out` if there is one.
+
+    `rows_from(step)` yields (step, this process's rows), endlessly and always the same. The members, which share their
+    train settings, see the same rows: each batch is read and moved to the devices once.
+    """
+    settings, data_shards = members[0].problem.train, mesh.shape[DATA]
+    if settings.batch_rows % data_shards:
+        raise UserError(
+            f"train.batch_rows {settings.batch_rows} cannot be shared equally by mesh.data {data_shards}: change one"
+        )
+    started = time.monotonic()
+    with open_checkpoints(out / "checkpoints") as checkpoints:
+        states = {one.name: init_state(one.problem, mean_d, one.seed, mesh, one.start) for one in members}
+        first, states = restore_state(checkpoints, states) or (0, states)
+        logs = _open_logs(members, first)
+        steps = [make_train_step(one.problem, mesh) for one in members]
+        compiled: float | None = None
+        waiting: deque[tuple[int, list[Metrics], Rows]] = deque()
+        with progress("train", (settings.steps - first) * settings.batch_rows, "tokens") as bar:
+            for step, rows in _until(settings.steps, first, rows_from):
+                batch, metrics = to_device(rows, members[0].problem, mesh), []
+                for member, take in zip(members, steps, strict=True):
+                    states[member.name], found = take(states[member.name], batch)
+                    metrics.append(found)
+                waiting.append((step, metrics, rows))
+                save = (step + 1) % settings.checkpoint_every == 0 or step + 1 == settings.steps
+                while len(waiting) > (0 if save else 1):
+                    bar.advance(settings.batch_rows, _settle(*waiting.popleft(), members, logs))
+                    compiled = compiled or time.monotonic()
+                if save:
+                    save_state(checkpoints, step + 1, states)
+        ended = time.monotonic()
+    done = max(0, settings.steps - first - 1) * settings.batch_rows
+    speed = done / max(ended - compiled, 1e-9) if compiled else 0.0
+    return Fitted(tuple(states[one.name] for one in members), ended - started, speed)
+
+
+def to_device(rows: Rows, problem: Problem, mesh: Mesh) -> Batch:
+    """This process's rows as its part of the global batch, in the type they are stored in."""
+    weight_b = np.ones(len(rows), np.float32)
+    if problem.official:
+        _, sequence_b, counts = np.unique(rows.doc, return_inverse=True, return_counts=True)
+        weight_b = (1 / counts[sequence_b]).astype(np.float32)
+    put = partial(jax.make_array_from_process_local_data, sharding(mesh, DATA))
+    return Batch(put(rows.resid), put(weight_b))
+
+
+class MetricsLog:
+    """metrics.jsonl, one JSON object a line; opening it drops what a killed run wrote after its last checkpoint."""
+
+    def __init__(self, path: Path, before: int) -> None:
+        self.path = path
+        lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
+        whole = [line for line in lines if line.endswith("\n")]
+        write_text(path, "".join(line for line in whole if json.loads(line)["step"] < before))
+
+    def add(self, step: int, values: Mapping[str, float]) -> None:
+        """Append one line."""
+        with open(self.path, "a", encoding="utf-8") as file:
+            file.write(json.dumps({"step": step, **values}, allow_nan=False) + "\n")
+
+
+def _until(
+    steps: int, first: int, rows_from: Callable[[int], Iterator[tuple[int, Rows]]]
+) -> Iterator[tuple[int, Rows]]:
+    """Batches first ... steps - 1; nothing is read when there are none."""
+    if first < steps:
+        for step, rows in rows_from(first):
+            yield step, rows
+            if step + 1 == steps:
+                return
+
+
+def _settle(
+    step: int, metrics: Sequence[Metrics], rows: Rows, members: Sequence[Member], logs: Sequence[MetricsLog]
+) -> str:
+    """Wait for a step's metrics, check and log them; returns a note for the progress bar."""
+    train = members[0].problem.train
+    found = [{name: value.item() for name, value in one._asdict().items()} for one in jax.device_get(list(metrics))]
+    for member, values in zip(members, found, strict=True):
+        if not (math.isfinite(values["loss"]) and math.isfinite(values["gradient_norm"])):
+            raise UserError(("" if len(members) == 1 else f"{member.name}: ") + _not_finite(step, values, rows))
+    if step % train.log_every == 0 or step + 1 == train.steps:
+        for log, values in zip(logs, found, strict=False):
+            log.add(step, values)
+    if len(found) > 1:
+        fvu = [values["fvu"] for values in found]
+        dead = max(values["dead_fraction"] for values in found)
+        return f"{len(found)} SAEs  fvu {min(fvu):.4f} to {max(fvu):.4f}  dead {dead:.1%}"
+    (values,) = found
+    return f"loss {values['loss']:.4f}  fvu {values['fvu']:.4f}  k {values['k']}  dead {values['dead_fraction']:.1%}"
+
+
+def _open_logs(members: Sequence[Member], before: int) -> list[MetricsLog]:
+    if jax.process_index() != 0:
+        return []
+    for member in members:
+        member.folder.mkdir(parents=True, exist_ok=True)
+    return [MetricsLog(member.folder / "metrics.jsonl", before) for member in members]
+
+
+def _not_finite(step: int, values: Mapping[str, float], rows: Rows) -> str:
+    documents = [f"{doc:016x}" for doc in np.unique(rows.doc)]
+    bad = np.flatnonzero(~np.isfinite(rows.resid.astype(np.float32)).all(axis=1))
+    if len(bad):
+        named = ", ".join(f"{rows.doc[i]:016x} at token {rows.position[i]}" for i in bad[:3])
+        cause = f"{len(bad)} of its rows are not finite (documents {named}): harvest again with backbone.dtype float32"
+    else:
+        cause = (
+            "its rows are finite, so training diverged: lower train.learning_rate or set train.warmup_steps, and "
+            "delete the product to start afresh"
+        )
+    return (
+        f"loss {values['loss']} and gradient norm {values['gradient_norm']} at step {step}, learning rate "
+        f"{values['learning_rate']:.3g}, k {values['k']}, batch {step} of {len(rows)} rows from {len(documents)} "
+        f"documents ({', '.join(documents[:3])}, ...); {cause}. No checkpoint holds it."
+    )
