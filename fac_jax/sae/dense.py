@@ -9,7 +9,7 @@ matmuls take their inputs in the type of the selection and accumulate in float32
 JumpReLU (Rajamanoharan et al. 2024, arXiv 2407.14435): a = pre 1[pre > t]. The steps have no gradient, so t receives
 that of a rectangle of width e around it: da/dt = - t/e 1[|pre - t| < e/2], and dL0/dt = - 1/e 1[|pre - t| < e/2].
 
-`dense_pays` says when the sparse form is dearer. Call all of it inside `shard_map`.
+`dense_pays` says when the sparse form is dearer. All of it works inside `shard_map`.
 """
 
 from __future__ import annotations
@@ -52,27 +52,28 @@ class Jumped(NamedTuple):
     on_bf: Bool[Array, "b f"]
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0,))
-def decode_dense(dtype: str, weights: Weights, x_bd: Float[Array, "b d"], chosen: Selected) -> Decoded:
-    """`sparse.decode_selected` of one selection through all features; activations are the values that selected."""
-    return _dense_forward(dtype, weights, x_bd, chosen)[0]
-
-
-def _dense_forward(dtype: str, weights: Weights, x_bd: Array, chosen: Selected) -> tuple[Decoded, tuple[Any, ...]]:
+def decode_all(weights: Weights, x_bd: Float[Array, "b d"], chosen: Selected, dtype: str) -> Decoded:
+    """`sparse.decode_rows` through all features, in one group; the activations are the values that selected."""
     acts_bk = jnp.where(chosen.kept_bk, jax.nn.relu(chosen.val_bk), 0)
-    acts_bf = _spread(jnp.zeros((len(x_bd), len(weights.w_fd))), chosen, acts_bk)
-    sum_bd = _product("bf,fd->bd", acts_bf, weights.w_fd, dtype)
-    return Decoded(acts_bk, sum_bd[:, None]), (weights, x_bd, chosen, acts_bf)
+    sum_bd = _product("bf,fd->bd", _spread(acts_bk, chosen, len(weights.w_fd)), weights.w_fd, dtype)
+    return Decoded(acts_bk, sum_bd[:, None])
 
 
-def _dense_backward(dtype: str, kept: tuple[Any, ...], given: Decoded) -> tuple[Any, ...]:
-    weights, x_bd, chosen, acts_bf = kept
+def add_all_gradient(
+    gradient: Weights,
+    weights: Weights,
+    x_bd: Float[Array, "b d"],
+    chosen: Selected,
+    acts_bk: Array,
+    given: Decoded,
+    dtype: str,
+) -> Weights:
+    """`gradient`, and what `decode_all` adds to it where `given` is the gradient of its result."""
     g_bd = given.sum_bpd[:, 0]
-    v_bf = _spread(_product("bd,fd->bf", g_bd, weights.w_fd, dtype), chosen, given.acts_bk)
-    return _gradient(dtype, weights, x_bd, acts_bf, jnp.where(acts_bf > 0, v_bf, 0), g_bd), None, None
-
-
-decode_dense.defvjp(_dense_forward, _dense_backward)
+    acts_bf = _spread(acts_bk, chosen, len(weights.w_fd))
+    v_bf = _product("bd,fd->bf", g_bd, weights.w_fd, dtype) + _spread(given.acts_bk, chosen, len(weights.w_fd))
+    more = _gradient(dtype, weights, x_bd, acts_bf, jnp.where(acts_bf > 0, v_bf, 0), g_bd)
+    return jax.tree.map(jnp.add, gradient, more)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
@@ -118,8 +119,10 @@ def _gradient(dtype: str, weights: Weights, x_bd: Array, acts_bf: Array, v_bf: A
     )
 
 
-def _spread(into_bf: Array, chosen: Selected, values_bk: Array) -> Array:
-    return into_bf.at[jnp.arange(len(values_bk))[:, None], chosen.idx_bk].add(values_bk)
+def _spread(values_bk: Array, chosen: Selected, features: int) -> Array:
+    """Values of selected features as [b, features], 0 elsewhere."""
+    rows_b1 = jnp.arange(len(values_bk))[:, None]
+    return jnp.zeros((len(values_bk), features)).at[rows_b1, chosen.idx_bk].add(values_bk)
 
 
 def _product(spec: str, a: Array, b: Array, dtype: str) -> Array:

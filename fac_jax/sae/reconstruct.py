@@ -18,10 +18,11 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
 from fac_jax.mesh import DATA, FEATURE
-from fac_jax.sae.dense import decode_dense, decode_jump, dense_pays
+from fac_jax.sae.decode import Way, decode_selected
+from fac_jax.sae.dense import decode_jump, dense_pays
 from fac_jax.sae.model import SAE
 from fac_jax.sae.select import Among, Best, batch_threshold, select
-from fac_jax.sae.sparse import Decoded, Selected, Weights, decode_selected
+from fac_jax.sae.sparse import Decoded, Selected, Weights
 from fac_jax.sae.topk import winners
 
 
@@ -143,25 +144,15 @@ def _reconstruct_shard(
 
     dead = None if dead_k is None else Dead(dead_f, dead_k)
     chosen = _choose(weights, x_bd, counted_b, k, dead, any_dead, choice, mesh)
-    # What is decoded sparsely is decoded together: one gradient of W serves both.
-    dense_live = chosen.live is None or choice.dense(features)
-    dense_dead = dead_k is not None and dense_pays(min(dead_k, features), features)
-    found, revived = decode_selected(
-        max(1, len(choice.prefixes)), weights, x_bd,
-        None if dense_live else chosen.live, None if dense_dead else chosen.dead, any_dead,
-    )  # fmt: skip
-    if dense_dead and chosen.dead is not None:
-        revive = partial(decode_dense, choice.dtype, weights, x_bd, chosen.dead)
-        nothing = _zeros(jax.eval_shape(revive), mesh)
-        revived = jax.lax.cond(any_dead, revive, lambda: nothing)
+    live_way = Way(choice.dense(features), choice.dtype, max(1, len(choice.prefixes)))
+    dead_way = Way(dead_k is not None and dense_pays(min(dead_k, features), features), choice.dtype)
+    found, revived = decode_selected(live_way, dead_way, weights, x_bd, chosen.live, chosen.dead, any_dead)
     if chosen.live is None:
         assert threshold_f is not None
         jumped = decode_jump(choice.dtype, choice.width, weights, threshold_f, x_bd)
         sum_bpd, l0_b = jumped.sum_bd[:, None], jumped.l0_b
         active_f = jnp.sum(jumped.on_bf & counted_b[:, None], axis=0, dtype=jnp.int32)
     else:
-        if dense_live:
-            found = decode_dense(choice.dtype, weights, x_bd, chosen.live)
         assert found is not None
         sum_bpd, l0_b = found.sum_bpd, (found.acts_bk > 0).sum(axis=1).astype(jnp.float32)
         active_f = _count(found, chosen.live, counted_b, features, mesh)

@@ -11,12 +11,11 @@ time, so that what is gathered stays in the cache. Every value and gradient is f
 
 Matryoshka: features fall into groups, y_p sums group p only, and a feature's g is that of its group.
 
-Call it inside `shard_map`: this shard's rows of the batch, and its features.
+For use by `decode.py`, inside `shard_map`: this shard's rows of the batch, and its features.
 """
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -62,56 +61,9 @@ class Decoded(NamedTuple):
     sum_bpd: Float[Array, "b p d"]
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0,))
-def decode_selected(
-    groups: int,
-    weights: Weights,
-    x_bd: Float[Array, "b d"],
-    live: Selected | None,
-    dead: Selected | None,
-    any_dead: Bool[Array, ""],
-) -> tuple[Decoded | None, Decoded | None]:
-    """Decode two selections, which share one gradient of W; either may be absent, and the second costs nothing unless
-    `any_dead`. `groups` are those of `live`. Differentiable in the weights.
-    """
-    return _decode_both(groups, weights, x_bd, live, dead, any_dead)
+def decode_rows(weights: Weights, x_bd: Float[Array, "b d"], chosen: Selected, groups: int) -> Decoded:
+    """Activations in float32 of the selected features, and the sum of each of `groups`; without a gradient."""
 
-
-def _decode_both(
-    groups: int, weights: Weights, x_bd: Array, live: Selected | None, dead: Selected | None, any_dead: Array
-) -> tuple[Decoded | None, Decoded | None]:
-    found = None if live is None else _decode(weights, x_bd, live, groups)
-    if dead is None:
-        return found, None
-    nothing = Decoded(jnp.zeros_like(dead.val_bk), jnp.zeros_like(x_bd)[:, None])
-    return found, jax.lax.cond(any_dead, lambda: _decode(weights, x_bd, dead, 1), lambda: nothing)
-
-
-def _forward(
-    groups: int, weights: Weights, x_bd: Array, live: Selected | None, dead: Selected | None, any_dead: Array
-) -> tuple[tuple[Decoded | None, Decoded | None], tuple[Any, ...]]:
-    found = _decode_both(groups, weights, x_bd, live, dead, any_dead)
-    acts = tuple(one if one is None else one.acts_bk for one in found)
-    return found, (weights, x_bd, live, dead, any_dead, acts)
-
-
-def _backward(groups: int, kept: tuple[Any, ...], cotangents: tuple[Decoded | None, Decoded | None]) -> tuple[Any, ...]:
-    weights, x_bd, live, dead, any_dead, (acts_bk, dead_acts_bk) = kept
-    of_live, of_dead = cotangents
-    gradient = jax.tree.map(jnp.zeros_like, weights)
-    add = partial(_add_gradient, weights=weights, x_bd=x_bd)
-    if live is not None and of_live is not None:
-        gradient = add(gradient, chosen=live, acts_bk=acts_bk, given=of_live)
-    if dead is not None and of_dead is not None:
-        more = partial(add, chosen=dead, acts_bk=dead_acts_bk, given=of_dead)
-        gradient = jax.lax.cond(any_dead, more, lambda same: same, gradient)
-    return gradient, None, None, None, None
-
-
-decode_selected.defvjp(_forward, _backward)
-
-
-def _decode(weights: Weights, x_bd: Array, chosen: Selected, groups: int) -> Decoded:
     def chunk(_: None, part: tuple[Array, Selected]) -> tuple[None, Decoded]:
         x_bd, chosen = part
         e_bkd, w_bkd = _rows(weights, chosen.idx_bk)
@@ -126,10 +78,10 @@ def _decode(weights: Weights, x_bd: Array, chosen: Selected, groups: int) -> Dec
     return jax.tree.map(lambda array: array.reshape(-1, *array.shape[2:])[: len(x_bd)], found)
 
 
-def _add_gradient(
-    gradient: Weights, *, weights: Weights, x_bd: Array, chosen: Selected, acts_bk: Array, given: Decoded
+def add_rows_gradient(
+    gradient: Weights, weights: Weights, x_bd: Float[Array, "b d"], chosen: Selected, acts_bk: Array, given: Decoded
 ) -> Weights:
-    """`gradient`, and what one selection adds to it, in place."""
+    """`gradient`, and what `decode_rows` adds to it where `given` is the gradient of its result; in place."""
     tied = weights.w_enc_fd is None
 
     def chunk(sums: Weights, part: tuple[Array, Selected, Array, Decoded]) -> tuple[Weights, None]:

@@ -36,8 +36,8 @@ OURS = "fac_jax"
 PEERS = ("official", "sparsify", "sae_lens", "dictionary_learning")
 """Published steps; `hand_tuned` is not one of them."""
 NAMES = (OURS, "hand_tuned", *PEERS)
-ALLOCATOR = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "2147483647"}
-"""As in launch/install.sh; the same for every contender."""
+ALLOCATOR = ("MALLOC_", "GLIBC_TUNABLES")
+"""Beginnings of the variables that tune glibc's allocator: as launch/allocator.sh sets them, for every contender."""
 WARM_UP = 4  # memory is still being faulted in during the first few steps
 RATE_FEATURES = 16_384
 """Width at which the matmul rate is measured, at most: wider ones only need more memory."""
@@ -125,6 +125,7 @@ def measure(bench: Bench) -> dict[str, Any]:
         "cpu": cpu_name(),
         "cores": os.cpu_count(),
         "versions": versions(),
+        "allocator": {name: value for name, value in sorted(os.environ.items()) if name.startswith(ALLOCATOR)},
         "bench": to_plain(bench),
         "tables": [_measure_shape(bench, shape) for shape in shapes],
     }
@@ -216,7 +217,7 @@ def matmul_rates(bench: Bench, shape: Shape) -> dict[str, float]:
 
 def run_json(command: Sequence[str], timeout_s: float) -> dict[str, Any]:
     """The JSON object on the last line that a program prints; {"absent": reason} when it does not come."""
-    environment = {**os.environ, **ALLOCATOR, "JAX_PLATFORMS": "cpu"}
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=timeout_s, check=False, env=environment)
     except subprocess.TimeoutExpired:
@@ -243,6 +244,8 @@ def print_report(report: Mapping[str, Any]) -> None:
     console = Console(width=None if sys.stdout.isatty() else 120, highlight=False)
     bench = report["bench"]
     console.print(f"{report['command']}  ({report['date']}, {report['cores']} cores of {report['cpu']})")
+    tuned = ", ".join(f"{name}={value}" for name, value in report["allocator"].items())
+    console.print(f"allocator: {tuned or 'glibc as it comes (launch/allocator.sh tunes it)'}")
     for one in report["tables"]:
         shape = one["shape"]
         rates = ", ".join(f"{name} {rate:,.0f}" for name, rate in one["matmul_gflops"].items())

@@ -12,9 +12,11 @@ import numpy as np
 import pytest
 
 from fac_jax.sae import sparse
-from fac_jax.sae.sparse import Decoded, Selected, Weights, decode_selected
+from fac_jax.sae.decode import Way, decode_selected
+from fac_jax.sae.sparse import Decoded, Selected, Weights
 
 F, D, B = 96, 24, 40
+ROWS = Way(dense=False)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,7 +71,9 @@ def test_gradient_by_hand_is_autodiffs(
         return of_live + jnp.sum((revived.sum_bpd[:, 0] - 2 * goal_bd) ** 2) + jnp.sum(revived.acts_bk**2)
 
     def by_hand(weights: Weights) -> tuple[Decoded, Decoded]:
-        found, revived = decode_selected(groups, weights, arrays.x_bd, live, dead, jnp.bool_(any_dead))
+        found, revived = decode_selected(
+            ROWS._replace(groups=groups), ROWS, weights, arrays.x_bd, live, dead, jnp.bool_(any_dead)
+        )
         assert found is not None and revived is not None
         return found, revived
 
@@ -95,7 +99,7 @@ def test_no_array_of_batch_k_width() -> None:
     live = Selected(*(jax.ShapeDtypeStruct((b, k), kind) for kind in kinds))  # type: ignore[arg-type]
 
     def loss(weights: Weights, x_bd: jax.Array, live: Selected) -> jax.Array:
-        found = decode_selected(1, weights, x_bd, live, None, jnp.bool_(False))[0]
+        found = decode_selected(ROWS, ROWS, weights, x_bd, live, None, jnp.bool_(False))[0]
         assert found is not None
         return jnp.sum(found.sum_bpd**2)
 

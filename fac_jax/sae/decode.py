@@ -1,0 +1,93 @@
+"""Decoding what was selected, by the selected rows or through all features, with one gradient for live and dead ones.
+
+The gradient of W is as large as W. Live and dead features add to the same one, and where no feature is dead, nothing
+is added, written or read for them: two gradients that are summed would cost a quarter of a step.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
+
+from fac_jax.sae.dense import add_all_gradient, decode_all
+from fac_jax.sae.sparse import Decoded, Selected, Weights, add_rows_gradient, decode_rows
+
+
+class Way(NamedTuple):
+    """How a selection is decoded: all that is static about it."""
+
+    dense: bool
+    """Through all features, whose matmuls take their inputs in `dtype`; else by the selected rows, in float32."""
+    dtype: str = "float32"
+    groups: int = 1
+    """Groups of features that are summed apart; 1 where it is dense."""
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def decode_selected(
+    live_way: Way,
+    dead_way: Way,
+    weights: Weights,
+    x_bd: Float[Array, "b d"],
+    live: Selected | None,
+    dead: Selected | None,
+    any_dead: Bool[Array, ""],
+) -> tuple[Decoded | None, Decoded | None]:
+    """Decode two selections; either may be absent, and the second costs nothing unless `any_dead`.
+
+    Differentiable in the weights. Call it inside `shard_map`: this shard's rows of the batch, and its features.
+    """
+    return _forward(live_way, dead_way, weights, x_bd, live, dead, any_dead)[0]
+
+
+def _forward(
+    live_way: Way,
+    dead_way: Way,
+    weights: Weights,
+    x_bd: Array,
+    live: Selected | None,
+    dead: Selected | None,
+    any_dead: Array,
+) -> tuple[tuple[Decoded | None, Decoded | None], tuple[Any, ...]]:
+    found = None if live is None else _decode(live_way, weights, x_bd, live)
+    revived = None
+    if dead is not None:
+        nothing = Decoded(jnp.zeros_like(dead.val_bk), jnp.zeros_like(x_bd)[:, None])
+        revived = jax.lax.cond(any_dead, partial(_decode, dead_way, weights, x_bd, dead), lambda: nothing)
+    acts = tuple(one if one is None else one.acts_bk for one in (found, revived))
+    return (found, revived), (weights, x_bd, live, dead, any_dead, acts)
+
+
+def _backward(
+    live_way: Way, dead_way: Way, kept: tuple[Any, ...], given: tuple[Decoded | None, Decoded | None]
+) -> tuple[Any, ...]:
+    weights, x_bd, live, dead, any_dead, (acts_bk, dead_acts_bk) = kept
+    of_live, of_dead = given
+    gradient = jax.tree.map(jnp.zeros_like, weights)
+    if live is not None and of_live is not None:
+        gradient = _add_gradient(live_way, weights, x_bd, live, acts_bk, of_live, gradient)
+    if dead is not None and of_dead is not None:
+        more = partial(_add_gradient, dead_way, weights, x_bd, dead, dead_acts_bk, of_dead)
+        gradient = jax.lax.cond(any_dead, more, lambda same: same, gradient)
+    return gradient, None, None, None, None
+
+
+decode_selected.defvjp(_forward, _backward)
+
+
+def _decode(way: Way, weights: Weights, x_bd: Array, chosen: Selected) -> Decoded:
+    if way.dense:
+        return decode_all(weights, x_bd, chosen, way.dtype)
+    return decode_rows(weights, x_bd, chosen, way.groups)
+
+
+def _add_gradient(
+    way: Way, weights: Weights, x_bd: Array, chosen: Selected, acts_bk: Array, given: Decoded, gradient: Weights
+) -> Weights:
+    if way.dense:
+        return add_all_gradient(gradient, weights, x_bd, chosen, acts_bk, given, way.dtype)
+    return add_rows_gradient(gradient, weights, x_bd, chosen, acts_bk, given)
