@@ -7,9 +7,13 @@ from typing import Any
 
 from fac_jax.config import DataSet, Source, to_yaml
 from fac_jax.report.blocks import Section, absent, chip, entry, facts, numbers, table, texts, veil
-from fac_jax.report.figures import Series, line_figure, number
+from fac_jax.report.figures import Series, bar_figure, line_figure, number
 from fac_jax.report.markup import Html, join, tag
 from fac_jax.report.products import Row, RunView
+from fac_jax.sae.metrics import DENSITY_EDGES
+
+KINDS = {"topk": "Top-K", "batchtopk": "BatchTopK", "jumprelu": "JumpReLU", "matryoshka": "Matryoshka"}
+"""Kinds of autoencoder, as one reads them."""
 
 QUALITY = {
     "fvu": ("FVU", "share of the variance that is not reconstructed, over the whole held-out set, centred"),
@@ -18,6 +22,8 @@ QUALITY = {
         "squared error over squared norm, mean over tokens: the paper's figure",
     ),
     "l0": ("L0", "active features per token"),
+    "cosine": ("Cosine", "of a residual and its reconstruction, mean over tokens"),
+    "dense_fraction": ("Dense", "share of features that are active on more than a tenth of the rows"),
     "dead_fraction": ("Dead", "share of features that are active on no held-out row"),
     "rows": ("Rows", "measured"),
     "rows_left_out": ("Rows left out", "norm beyond the filter of training"),
@@ -120,7 +126,10 @@ def _store(store: Row, external: str | None) -> list[list[Any]]:
 def _autoencoder(sae: Row | None) -> list[list[Any]]:
     if sae is None:
         return []
-    shape = f"tied Top-K, {sae['features']:,} features, K = {sae['k']}, width {sae['d_model']:,}"
+    kind = KINDS.get(sae["variant"], sae["variant"])
+    ties = "untied" if "W_enc" in sae["tensors"] else "tied"
+    active = "a threshold each" if sae["k"] is None else f"K = {sae['k']}"
+    shape = f"{ties} {kind}, {sae['features']:,} features, {active}, width {sae['d_model']:,}"
     return [["Sparse autoencoder", shape], ["Trained on", f"{sae['rows']:,} rows in {sae['steps']:,} steps"]]
 
 
@@ -178,8 +187,22 @@ def training(view: RunView) -> Section:
     ]
     rows = [[*QUALITY.get(key, (key, "")), number(value)] for key, value in view.sae["metrics"].items()]
     columns = [*texts("On held-out rows", "Meaning"), *numbers("Value")]
+    figures += _density(view.sae)
     body = join(tag("div", figures, class_="figures"), table(columns, rows), _spliced(view.splice))
     return Section("training", short, title, body)
+
+
+def _density(sae: Row) -> list[Html]:
+    """How many features are active on which share of the held-out rows."""
+    counts = sae.get("density") or []
+    if not counts:
+        return []
+    powers = [f"{edge:.0e}".replace("e-0", "e-") for edge in DENSITY_EDGES]
+    names = [f"< {powers[0]}", *(f"≥ {power}" for power in powers)]
+    shares = [(place, count / sae["features"]) for place, count in enumerate(counts)]
+    return [
+        bar_figure("Features by activation density", names, [Series("share of features", shares, 2)], "share of rows")
+    ]
 
 
 def _spliced(found: Row | None) -> Html | None:

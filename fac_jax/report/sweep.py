@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from fac_jax.report.apparatus import KINDS
 from fac_jax.report.blocks import Section, numbers, table, texts
 from fac_jax.report.figures import Series, line_figure, number
 from fac_jax.report.markup import join, tag
 from fac_jax.report.products import Row, RunView
-
-KINDS = {"topk": "Top-K", "batchtopk": "BatchTopK", "jumprelu": "JumpReLU", "matryoshka": "Matryoshka"}
 
 
 def sweep(view: RunView) -> list[Section]:

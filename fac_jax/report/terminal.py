@@ -65,7 +65,9 @@ def _training(view: RunView) -> Table | None:
         return None
     metrics = {name: view.sae["metrics"][key] for key, name in QUALITY.items()}
     table = _table("Autoencoder, on held-out rows", "features", "K", *metrics)
-    table.add_row(f"{view.sae['features']:,}", str(view.sae["k"]), *(f"{value:.3g}" for value in metrics.values()))
+    table.add_row(
+        f"{view.sae['features']:,}", str(view.sae["k"] or "threshold"), *(f"{value:.3g}" for value in metrics.values())
+    )
     return table
 
 

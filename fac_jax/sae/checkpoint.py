@@ -68,6 +68,8 @@ class SaeCard:
     """On held-out rows."""
     tensors: dict[str, str]
     """SHA-256 of each tensor's bytes."""
+    density: tuple[int, ...] = ()
+    """Features by the share of held-out rows they are active on, between metrics.DENSITY_EDGES; empty if not known."""
 
     @property
     def digest(self) -> str:

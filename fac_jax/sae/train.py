@@ -150,7 +150,8 @@ def _make(config: Config, source: Source, members: Sequence[Member], out: Path) 
     for member, (sae, k), found in zip(members, asked, figures, strict=True):
         metrics = {name: value for name, value in asdict(found).items() if name != "density"}
         described = _trained_on(settings) | _origin(source.reader.manifest) | {"k": k, "metrics": metrics}
-        save_sae(member.folder, sae, {**described, "variant": _variant(member.problem.sae)})
+        described |= {"variant": _variant(member.problem.sae), "density": found.density}
+        save_sae(member.folder, sae, described)
     return fitted, figures
 
 

@@ -210,7 +210,9 @@ def _sae(folder: Path) -> None:
         "model_digest": "d",
         "rows": 819_200,
         "steps": 400,
-        "tensors": {},
+        "tensors": {"W_dec": "0" * 64},
+        "variant": "topk",
+        "density": [0, 0, 22, 416, 2720, 585, 5],
         "metrics": {
             "fvu": 0.2613,
             "normalised_loss": 0.2034,

@@ -112,6 +112,8 @@ def test_key_numbers_and_methods_are_on_the_page(view: RunView) -> None:
         "0.261",
         "K = 32",
         "1,208 predictions",
+        "tied Top-K, 4,096 features, K = 32",
+        "Features by activation density",
         "0.977",
     ):
         assert expected in words, expected
