@@ -42,8 +42,8 @@ from fac_jax.sae.select import HIGHEST
 
 Params = dict[str, Array]
 SILENT_MAX = 2**30  # counts of silent rows stop here instead of overflowing
-# BatchTopK: weight of a batch in the running mean of its smallest activation. At .01 (SAELens) the mean was so far behind
-# after 240 steps that held-out L0 was 57 where K was 64.
+# BatchTopK: weight of a batch in the running mean of its smallest activation. At .01, SAELens's, the mean was so far
+# behind after 240 steps that held-out L0 was 57 where K was 64.
 THRESHOLD_RATE = 0.05
 
 
