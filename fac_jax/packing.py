@@ -162,3 +162,8 @@ def batches(
     documents = (d for i, d in enumerate(read_documents(dataset, name, skipped)) if i >= first)
     encoded = (encode(document, tokenizer, dataset.max_tokens) for document in documents)
     return pack(encoded, geometry.rows_per_batch, geometry.row_tokens, first)
+
+
+def equal_part(row_tokens: int, most: int) -> int:
+    """Tokens of the largest equal parts of a row that hold at most `most` tokens, or 1."""
+    return next(length for length in range(max(1, min(most, row_tokens)), 0, -1) if row_tokens % length == 0)

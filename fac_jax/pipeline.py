@@ -4,8 +4,8 @@
            -> synthesis -> evaluation, selection, finetune -> report
 
 `fac run` walks the table in order, but for what is made on request only (`sweep`); a verb makes the rows that carry its
-name. What a row lists under `settings` is all
-that can change its product, so changing a threshold makes coverage and what follows again, and nothing before it.
+name. What a row lists under `settings` is all that can change its product, so changing a threshold makes coverage and
+what follows again, and nothing before it.
 """
 
 from __future__ import annotations
@@ -44,8 +44,7 @@ def pipeline(config: Config) -> dict[str, Stage]:
     if config.scan.sae is None and config.train.store is None:
         stages.append(Stage("activations", "activations", "harvest", harvest, _harvest_settings(config)))
     if config.scan.sae is None:
-        store = () if config.train.store else ("activations",)
-        stages.append(Stage("sae", "sae", "train", train, _train_settings(config), store))
+        stages.append(Stage("sae", "sae", "train", train, _train_settings(config), _store_input(config)))
     if config.splice.documents and config.harvest.data in config.data:  # an SAE from outside may lack its corpus
         made = tuple(stage.name for stage in stages)  # of store and SAE, those that this run makes
         stages.append(Stage("splice", "splice", "splice", splice, _splice_settings(config), made))
@@ -79,9 +78,8 @@ def pipeline(config: Config) -> dict[str, Stage]:
         ),
     ]
     if config.sweep != SweepConfig() and config.scan.sae is None:
-        store = () if config.train.store else ("activations",)
         asked = {"sweep": config.sweep, **_train_settings(config)}
-        stages.append(Stage("sweep", "sweep", "sweep", sweep, asked, store, on_request=True))
+        stages.append(Stage("sweep", "sweep", "sweep", sweep, asked, _store_input(config), on_request=True))
     stages.append(Stage("report", "report", "report", report, {}, tuple(stage.name for stage in stages)))
     return {stage.name: stage for stage in stages}
 
@@ -100,6 +98,10 @@ def scan_stage(config: Config, name: str) -> Stage:
     else:
         settings["data"] = data_fingerprint(config, name)
     return Stage(f"scan:{name}", f"scans/{name}", f"scan --data {name}", partial(scan, name=name), settings, inputs)
+
+
+def _store_input(config: Config) -> tuple[str, ...]:
+    return () if config.train.store else ("activations",)
 
 
 def _sae_input(config: Config) -> tuple[str, ...]:

@@ -115,12 +115,12 @@ def decoding_plan(problem: Problem, mesh: Mesh) -> list[str]:
     """A line for each width of K and for the dead features: how a shard decodes them, and why."""
     features = problem.sae.features // mesh.shape[FEATURE]
     lines = []
-    wanted = [(f"K up to {k}", problem.choice(k).candidates, problem.choice(k)) for k in k_widths(problem)]
-    for name, count, choice in wanted:
+    for k in k_widths(problem):
+        choice = problem.choice(k)
         if choice.kind == "jumprelu":
             lines.append("jumprelu: through all features, as rows keep no fixed number of them")
-            continue
-        lines.append(f"{name}: {_path(choice.dense(features), count, features)}")
+        else:
+            lines.append(f"K up to {k}: {_path(choice.dense(features), choice.candidates, features)}")
     if problem.aux_k:
         how = _path(dense_pays(problem.aux_k, features), problem.aux_k, features)
         lines.append(f"dead features, {problem.aux_k} a row: {how}")

@@ -19,6 +19,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from fac_jax.backbone.model import Backbone, logits, residual, run_blocks
 from fac_jax.mesh import DATA, sharding
+from fac_jax.packing import equal_part
 from fac_jax.sae.model import SAE, decode, encode
 
 WAYS = ("clean", "spliced", "zero", "mean")
@@ -39,7 +40,7 @@ def substitute(
 ) -> Float[Array, "b t d"]:
     """The SAE's reconstruction where the mask holds, the residual itself elsewhere. `k` is None with a threshold."""
     b, t, d = x_btd.shape
-    chunk = _divisor(t, CHUNK_ELEMENTS // (b * sae.w_fd.shape[0]))
+    chunk = equal_part(t, CHUNK_ELEMENTS // (b * sae.w_fd.shape[0]))
 
     def reconstruct(start: Array) -> Array:
         x_bcd = jax.lax.dynamic_slice_in_dim(x_btd, start, chunk, axis=1)
@@ -79,7 +80,7 @@ def token_losses(
     )
     next_bt = jnp.roll(tokens_bt, -1, axis=1)
     b, t = tokens_bt.shape
-    chunk = _divisor(t, CHUNK_ELEMENTS // (len(ways) * b * model.config.vocab))
+    chunk = equal_part(t, CHUNK_ELEMENTS // (len(ways) * b * model.config.vocab))
 
     def measure(start: Array) -> Losses:
         x_wbcd = jax.lax.dynamic_slice_in_dim(x_wbtd, start, chunk, axis=2)
@@ -135,8 +136,3 @@ def greedy_answers(
 
     begin = (prompt, jnp.broadcast_to(tokens_t, places_bt.shape), jnp.zeros(2, bool))
     return jax.lax.while_loop(going, advance, begin)[1]
-
-
-def _divisor(length: int, most: int) -> int:
-    """Largest divisor of `length` that is at most `most`, or 1."""
-    return next(size for size in range(max(1, min(most, length)), 0, -1) if length % size == 0)

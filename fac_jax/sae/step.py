@@ -142,9 +142,8 @@ def state_shardings(state: TrainState, mesh: Mesh) -> TrainState:
 
     def of(path: tuple[object, ...], leaf: Array) -> NamedSharding:
         spec = specs.get(jax.tree_util.keystr(path[-1:], simple=True), P())
-        if leaf.ndim < len(spec) or FEATURE not in spec:  # Adafactor keeps one number a row and one a column
-            return sharding(mesh, FEATURE) if leaf.shape == (features,) and spec else sharding(mesh)
-        return sharding(mesh, *spec) if leaf.shape[0] == features else sharding(mesh)
+        # Not every leaf with a parameter's name has its shape: Adafactor keeps one number a row and one a column.
+        return sharding(mesh, *spec[: leaf.ndim]) if leaf.shape[:1] == (features,) else sharding(mesh)
 
     return jax.tree.map_with_path(of, state)
 

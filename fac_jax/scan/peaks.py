@@ -19,7 +19,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, Float32, Int, Int32, Int64
 
 from fac_jax.backbone.weights import Loaded
-from fac_jax.packing import PackedBatch
+from fac_jax.packing import PackedBatch, equal_part
 from fac_jax.sae.checkpoint import LoadedSae
 from fac_jax.sae.model import SAE, above_threshold, pre_activations
 from fac_jax.sae.topk import top_k
@@ -101,8 +101,7 @@ def collect(batch: PackedBatch, tables: Sequence[Table]) -> BatchPeaks:
 
 def chunk_length(rows: int, row_tokens: int, features: int) -> int:
     """Tokens of each row encoded at a time: the largest divisor of the row that stays within CHUNK_ELEMENTS."""
-    most = max(1, CHUNK_ELEMENTS // (rows * features))
-    return next(length for length in range(min(most, row_tokens), 0, -1) if row_tokens % length == 0)
+    return equal_part(row_tokens, CHUNK_ELEMENTS // (rows * features))
 
 
 @partial(jax.jit, static_argnames=("acts", "k", "slots", "chunk", "mesh"))

@@ -1,27 +1,11 @@
 """The autoencoder's dense forward pass against the published code's numbers."""
 
-from pathlib import Path
-
 import jax
 import jax.numpy as jnp
 import numpy as np
-import pytest
 from jax.sharding import Mesh
 
 from fac_jax.sae.model import SAE, decode, encode, encode_relu, pre_activations
-
-GOLDEN = Path(__file__).parents[1] / "data" / "official_topk_sae.npz"
-
-
-@pytest.fixture(scope="module")
-def golden() -> dict[str, np.ndarray]:
-    with np.load(GOLDEN) as arrays:
-        return dict(arrays)
-
-
-@pytest.fixture(scope="module")
-def sae(golden: dict[str, np.ndarray]) -> SAE:
-    return SAE(jnp.asarray(golden["W_enc"].T), jnp.asarray(golden["b_enc"]), jnp.asarray(golden["b_dec"]))
 
 
 def test_dense_forward_is_the_official_one(golden: dict[str, np.ndarray], sae: SAE, mesh: Mesh) -> None:

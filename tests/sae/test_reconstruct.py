@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -17,20 +16,8 @@ from fac_jax.sae import dense
 from fac_jax.sae.model import SAE, decode, encode
 from fac_jax.sae.reconstruct import Choice, Dead, Reconstruction, reconstruct
 
-GOLDEN = Path(__file__).parents[1] / "data" / "official_topk_sae.npz"
 B, F, D, K = 64, 256, 32, 20
 COUNTED = np.arange(B) % 3 > 0
-
-
-@pytest.fixture(scope="module")
-def golden() -> dict[str, np.ndarray]:
-    with np.load(GOLDEN) as arrays:
-        return dict(arrays)
-
-
-@pytest.fixture(scope="module")
-def sae(golden: dict[str, np.ndarray]) -> SAE:
-    return SAE(jnp.asarray(golden["W_enc"].T), jnp.asarray(golden["b_enc"]), jnp.asarray(golden["b_dec"]))
 
 
 def untied(sae: SAE) -> SAE:

@@ -5,7 +5,6 @@ import re
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cache, partial
-from pathlib import Path
 from typing import Any, Literal
 
 import jax
@@ -32,17 +31,10 @@ from fac_jax.sae.step import (
     unscaled,
 )
 
-GOLDEN = Path(__file__).parents[1] / "data" / "official_topk_sae.npz"
 SMALL = SaeConfig(features=64, k=4)
 QUICK = TrainConfig(
     steps=20, batch_rows=32, k_start=8, anneal_steps=10, dead_after_rows=100, aux_k=8, select_dtype="float32"
 )
-
-
-@pytest.fixture(scope="module")
-def golden() -> dict[str, np.ndarray]:
-    with np.load(GOLDEN) as arrays:
-        return dict(arrays)
 
 
 def official(k: int = 20, k_start: int = 200, anneal_steps: int = 8) -> Problem:
