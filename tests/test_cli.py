@@ -112,12 +112,11 @@ def test_a_full_disk_is_said_in_a_line(
 
 def test_ctrl_c_says_how_to_go_on(tmp_path: Path) -> None:
     """A real SIGINT to a real process, sent while the harvest is at work."""
-    command = [sys.executable, "-m", "fac_jax.cli", "harvest", QUICKSTART, "--run.dir", str(tmp_path)]
-
-    def heed() -> None:  # a shell that starts the tests in the background has SIGINT ignored, which is inherited
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
-
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=ROOT, preexec_fn=heed) as process:
+    # A shell that starts the tests in the background has SIGINT ignored, which processes inherit: heed it again.
+    heed = "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler); "
+    program = heed + "from fac_jax.cli import main; sys.exit(main())"
+    command = [sys.executable, "-c", program, "harvest", QUICKSTART, "--run.dir", str(tmp_path)]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=ROOT) as process:
         while not (tmp_path / "activations" / "stage.partial.json").exists():
             assert process.poll() is None
         process.send_signal(signal.SIGINT)
