@@ -22,7 +22,8 @@ from rich.table import Table
 
 from fac_jax import __version__
 from fac_jax.config import Config, load_config
-from fac_jax.errors import UserError
+from fac_jax.distributed import STOPPED, is_first, leave, start
+from fac_jax.errors import Stopped, UserError
 from fac_jax.plain import suggest
 from fac_jax.runs import Run, Stage
 
@@ -39,8 +40,15 @@ class Verb:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Entry point of `fac`; returns the exit status (0 done, 1 error the user can mend, 2 usage, 130 Ctrl-C)."""
-    arguments = sys.argv[1:] if arguments is None else arguments
+    """Entry point of `fac`; returns the exit status.
+
+    0 done, 1 error the user can mend, 2 usage, 130 Ctrl-C, 143 stopped by SIGTERM after saving; with several processes
+    also 70 and 71 (`distributed.py`).
+    """
+    return leave(_main(sys.argv[1:] if arguments is None else arguments))
+
+
+def _main(arguments: list[str]) -> int:
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # it would say that torch is missing: not needed
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     for noisy in ("absl", "jax", "httpx", "transformers", "huggingface_hub"):
@@ -53,6 +61,10 @@ def main(arguments: list[str] | None = None) -> int:
         errors.print("[bold red]error:[/] ", end="")
         errors.print(str(error), markup=False)
         return 1
+    except Stopped as stopped:
+        errors.print(f"{stopped}; the same command goes on from there:", markup=False)
+        errors.print("  fac " + " ".join(arguments), markup=False)
+        return STOPPED
     except KeyboardInterrupt:
         errors.print("stopped by Ctrl-C; everything committed is kept, and the same command goes on from it:")
         errors.print("  fac " + " ".join(arguments), markup=False)
@@ -91,7 +103,11 @@ def _dispatch(arguments: list[str]) -> int:
         return 2
     options = _take_options(rest, OPTIONS.get(name, {}))
     path = rest.pop(0) if rest and not rest[0].startswith("-") else None
-    verb.function(_parse(name, verb, path, rest, options.pop("on-bad-row", None)), name, options)
+    config = _parse(name, verb, path, rest, options.pop("on-bad-row", None))
+    start(config.mesh)
+    if not is_first():
+        logging.getLogger().setLevel(logging.WARNING)
+    verb.function(config, name, options)
     return 0
 
 
@@ -180,7 +196,8 @@ def _stage(config: Config, verb: str, options: dict[str, str]) -> None:
     with Run(config) as run:
         if verb == "report":
             stages["report"] = _report_on_done(run, stages)
-        for stage, record in run_stages(run, stages, wanted):
+        made = run_stages(run, stages, wanted)
+        for stage, record in made if is_first() else ():
             print(f"{stage.name}: {run.folder(stage)}  ({record.seconds:.1f} s, {record.finished})")
             for key, value in record.summary.items():
                 print(f"  {key}: {value:,}" if isinstance(value, (int, float)) else f"  {key}: {value}")

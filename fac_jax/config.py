@@ -44,6 +44,37 @@ class MeshConfig:
     """Devices along the batch axis; by default all that `feature` leaves."""
     feature: int = 1
     """Devices along the SAE-feature and model-parallel axis."""
+    coordinator: str | None = None
+    """Several processes as one run: HOST:PORT of process 0, the same for all, or auto where JAX finds them (SLURM, Open
+    MPI, Cloud TPU). By default this process is alone."""
+    processes: int | None = None
+    """How many processes there are; auto finds it."""
+    process_id: int | None = None
+    """Which of them this is, from 0; auto finds it."""
+    start_timeout_s: int = 300
+    """Seconds in which all processes must have started."""
+    step_timeout_s: float = 20.0
+    """Several processes: seconds without a finished training step (or ten times the slowest before, if that is longer)
+    after which a process ends itself, and so all of them."""
+
+    def __post_init__(self) -> None:
+        explicit, parts = self.coordinator not in (None, "auto"), (self.processes, self.process_id)
+        check(
+            not explicit or (":" in str(self.coordinator) and None not in parts),
+            f"mesh.coordinator {self.coordinator} needs the form HOST:PORT, mesh.processes and mesh.process_id (it has "
+            f"{self.processes} and {self.process_id}); or set it to auto",
+        )
+        check(
+            self.coordinator is not None or parts == (None, None),
+            "mesh.processes and mesh.process_id need mesh.coordinator: set it to HOST:PORT of process 0",
+        )
+        count, index = self.processes, self.process_id
+        check(
+            count is None or index is None or 0 <= index < count,
+            f"mesh.process_id is {index}; it must lie in 0 to {(count or 0) - 1}, as mesh.processes is {count}",
+        )
+        for name, least in {"start_timeout_s": 1, "step_timeout_s": 1}.items():
+            check(getattr(self, name) >= least, f"mesh.{name} is {getattr(self, name)}; it must be at least {least}")
 
 
 @dataclass(frozen=True)
@@ -207,6 +238,9 @@ class TrainConfig:
     """Rows (tokens) in one step."""
     optimizer: Literal["adam", "adafactor"] = "adam"
     """adam keeps two numbers a parameter; adafactor (arXiv 1804.04235) one a row and a column: for very wide SAEs."""
+    shard_optimizer: bool = False
+    """Whether the optimizer's numbers are split over the mesh's data axis too, not only over features: less memory a
+    device, more communication (ZeRO, arXiv 1910.02054, stage 1)."""
     weight_decay: float = 0.0
     """Of the decoder and encoder rows, decoupled from the gradient (AdamW); code: 0."""
     learning_rate: float = 1e-3
@@ -237,12 +271,29 @@ class TrainConfig:
     log_every: int = 20
     """Steps between lines of metrics.jsonl."""
     checkpoint_every: int = 200
-    """Steps between checkpoints; a killed run goes on from the last one."""
+    """Steps between checkpoints, each with a line of validation.jsonl; a killed run goes on from the last one."""
+    keep_checkpoints: int = 2
+    """Newest checkpoints that are kept."""
+    keep_best: int = 1
+    """Best checkpoints that are kept beside them: those with the smallest fvu on held-out rows, once K has come down to
+    sae.k."""
+    finish: Literal["last", "best"] = "last"
+    """Which state becomes the SAE: the last (paper), or the best checkpoint that is kept."""
+    streams: int = 8
+    """Parts that the store is read in, at most: with several hosts, each reads the parts its devices train on. It
+    decides, and the number of hosts does not, which rows a batch holds."""
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch_rows", "k_start", "aux_k", "dead_after_rows", "log_every", "checkpoint_every"):
+        for name in ("steps", "batch_rows", "k_start", "aux_k", "dead_after_rows", "log_every"):
             value = getattr(self, name)
             check(value is None or value >= 1, f"train.{name} is {value}; it must be at least 1")
+        for name in ("checkpoint_every", "keep_checkpoints", "streams"):
+            check(getattr(self, name) >= 1, f"train.{name} is {getattr(self, name)}; it must be at least 1")
+        check(self.keep_best >= 0, f"train.keep_best is {self.keep_best}; it must be at least 0")
+        check(
+            self.finish == "last" or self.keep_best > 0,
+            "train.finish best needs a best checkpoint: set train.keep_best to 1 or more",
+        )
         for name in ("warmup_steps", "anneal_steps", "aux_coefficient", "norm_filter", "weight_decay"):
             check(getattr(self, name) >= 0, f"train.{name} is {getattr(self, name)}; it must be at least 0")
         check(

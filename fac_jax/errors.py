@@ -9,6 +9,10 @@ class UserError(Exception):
     """Something outside the program is wrong (a path, a config value, a file's content, a server)."""
 
 
+class Stopped(Exception):
+    """SIGTERM asked for an end, and everything is saved: the same command goes on."""
+
+
 def first_line(error: Exception) -> str:
     """First line of an error's message that says anything, cut at 300 characters: what a UserError quotes."""
     return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)[:300]

@@ -6,11 +6,14 @@ Always set, 1x1 on a laptop. Axis names live here and nowhere else; what is not 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Shaped
 
 from fac_jax.config import MeshConfig
 from fac_jax.errors import UserError
@@ -28,10 +31,63 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
             f"mesh.data={data} x mesh.feature={config.feature} needs {data * config.feature} devices, "
             f"but jax sees {len(devices)} ({devices[0].platform}); lower one of them"
         )
-    grid = np.asarray(devices[: data * config.feature]).reshape(data, config.feature)
+    if data * config.feature < len(devices) and len({device.process_index for device in devices}) > 1:
+        raise UserError(
+            f"mesh.data={data} x mesh.feature={config.feature} uses {data * config.feature} of {len(devices)} devices: "
+            "with several processes all must be used; leave mesh.data out, or raise one of them"
+        )
+    grid = _along_the_wires(data, config.feature, devices[: data * config.feature])
     return Mesh(grid, (DATA, FEATURE), axis_types=(AxisType.Auto, AxisType.Auto))
 
 
-def sharding(mesh: Mesh, *axes: str | None) -> NamedSharding:
-    """`NamedSharding` over `mesh`, one axis name or None per array dimension."""
+def _along_the_wires(data: int, feature: int, devices: Sequence[jax.Device]) -> np.ndarray:
+    """Devices as [data, feature], so that neighbours on the mesh are neighbours in the machine.
+
+    Slices of TPUs have a slow network between them: only the data axis, which exchanges once a step, crosses it.
+    """
+    slices = len({getattr(device, "slice_index", 0) for device in devices})
+    if slices == 1:
+        return mesh_utils.create_device_mesh((data, feature), devices, allow_split_physical_axes=True)
+    if data % slices:
+        raise UserError(f"mesh.data {data} cannot be shared equally by {slices} slices: change mesh.feature")
+    return mesh_utils.create_hybrid_device_mesh(
+        (data // slices, feature), (slices, 1), devices, allow_split_physical_axes=True
+    )
+
+
+def platform(mesh: Mesh) -> str:
+    """cpu, gpu or tpu: of the devices of `mesh`, which need not be here when a program is only compiled."""
+    return mesh.devices.flat[0].platform
+
+
+def sharding(mesh: Mesh, *axes: str | tuple[str, ...] | None) -> NamedSharding:
+    """`NamedSharding` over `mesh`: for each array dimension an axis name, several, or None."""
     return NamedSharding(mesh, P(*axes))
+
+
+def own_rows(mesh: Mesh, rows: int) -> list[tuple[int, int]]:
+    """Which rows of a batch of `rows` this process's devices hold: (start, stop) in order, neighbours joined."""
+    places = sharding(mesh, DATA).addressable_devices_indices_map((rows,)).values()
+    spans: list[tuple[int, int]] = []
+    for start, stop in sorted({index[0].indices(rows)[:2] for index in places if index}):
+        if spans and spans[-1][1] == start:
+            spans[-1] = (spans[-1][0], stop)
+        else:
+            spans.append((start, stop))
+    return spans
+
+
+def place_rows(mesh: Mesh, local: Shaped[np.ndarray, "n ..."], rows: int) -> Shaped[Array, "b ..."]:
+    """A batch of `rows` rows, split over `data`, from the rows that `own_rows` names, or from all of them."""
+    spans = [(0, rows)] if len(local) == rows else own_rows(mesh, rows)
+
+    def piece(index: Any) -> np.ndarray:
+        start, stop, _ = index[0].indices(rows)
+        before = 0
+        for low, high in spans:
+            if low <= start < high:
+                return local[before + start - low : before + stop - low]
+            before += high - low
+        raise AssertionError(f"rows {start} to {stop} are not among {spans}")
+
+    return jax.make_array_from_callback((rows, *local.shape[1:]), sharding(mesh, DATA), piece)

@@ -42,45 +42,47 @@ def pipeline(config: Config) -> dict[str, Stage]:
     anchor, seed = f"scan:{config.coverage.anchor}", f"scan:{config.coverage.seed}"
     stages = []
     if config.scan.sae is None and config.train.store is None:
-        stages.append(Stage("activations", "activations", "harvest", harvest, _harvest_settings(config)))
+        made_of = partial(_harvest_settings, config)
+        stages.append(Stage("activations", "activations", "harvest", harvest, made_of, distributed=True))
     if config.scan.sae is None:
-        stages.append(Stage("sae", "sae", "train", train, _train_settings(config), _store_input(config)))
+        made_of = partial(_train_settings, config)
+        stages.append(Stage("sae", "sae", "train", train, made_of, _store_input(config), distributed=True))
     if config.splice.documents and config.harvest.data in config.data:  # an SAE from outside may lack its corpus
         made = tuple(stage.name for stage in stages)  # of store and SAE, those that this run makes
-        stages.append(Stage("splice", "splice", "splice", splice, _splice_settings(config), made))
+        stages.append(Stage("splice", "splice", "splice", splice, partial(_splice_settings, config), made))
     stages += [
         *(scan_stage(config, name) for name in scanned(config)),
         Stage(
-            *("explanations", "explanations", "explain", explain, _explain_settings(config)),
+            *("explanations", "explanations", "explain", explain, partial(_explain_settings, config)),
             (*_sae_input(config), anchor),
         ),
-        Stage("relevance", "relevance", "judge", judge, _judge_settings(config), (anchor, "explanations")),
+        Stage("relevance", "relevance", "judge", judge, partial(_judge_settings, config), (anchor, "explanations")),
         Stage(
-            *("coverage", "coverage", "coverage", coverage, {"coverage": config.coverage, "seed": config.run.seed}),
+            *("coverage", "coverage", "coverage", coverage, partial(_coverage_settings, config)),
             (anchor, seed, "relevance", "explanations"),
         ),
         Stage(
-            *("synthesis", "synthesis", "synthesize", synthesize, _synthesis_settings(config)),
+            *("synthesis", "synthesis", "synthesize", synthesize, partial(_synthesis_settings, config)),
             (*_sae_input(config), anchor, seed, "explanations", "coverage/missing.parquet"),
         ),
         *(scan_stage(config, name) for name in WRITTEN),
         Stage(
-            *("evaluation", "evaluation", "evaluate", evaluate, {"coverage": config.coverage, "seed": config.run.seed}),
+            *("evaluation", "evaluation", "evaluate", evaluate, partial(_coverage_settings, config)),
             (anchor, seed, "scan:kept", "scan:random", "relevance"),
         ),
         Stage(
-            *("selection", "selection", "select", select, {"threshold": config.coverage.threshold}),
+            *("selection", "selection", "select", select, lambda: {"threshold": config.coverage.threshold}),
             (anchor, "coverage/missing.parquet"),
         ),
         Stage(
-            *("finetune", "finetune", "finetune", finetune, {"finetune": config.finetune}),
+            *("finetune", "finetune", "finetune", finetune, lambda: {"finetune": config.finetune}),
             (anchor, seed, f"scan:{config.finetune.heldout}", "scan:kept", "scan:random"),
         ),
     ]
     if config.sweep != SweepConfig() and config.scan.sae is None:
-        asked = {"sweep": config.sweep, **_train_settings(config)}
-        stages.append(Stage("sweep", "sweep", "sweep", sweep, asked, _store_input(config), on_request=True))
-    stages.append(Stage("report", "report", "report", report, {}, tuple(stage.name for stage in stages)))
+        asked, made = partial(_sweep_settings, config), _store_input(config)
+        stages.append(Stage("sweep", "sweep", "sweep", sweep, asked, made, distributed=True, on_request=True))
+    stages.append(Stage("report", "report", "report", report, dict, tuple(stage.name for stage in stages)))
     return {stage.name: stage for stage in stages}
 
 
@@ -91,13 +93,9 @@ def scanned(config: Config) -> list[str]:
 
 def scan_stage(config: Config, name: str) -> Stage:
     """The scan of one data set; the sets that synthesis writes are read from its product."""
-    settings = {"scan": config.scan, **_backbone(config), "sae": external_sae(config.scan.sae)}
-    inputs = _sae_input(config)
-    if name in WRITTEN:
-        inputs = (*inputs, f"synthesis/{name}.jsonl")
-    else:
-        settings["data"] = data_fingerprint(config, name)
-    return Stage(f"scan:{name}", f"scans/{name}", f"scan --data {name}", partial(scan, name=name), settings, inputs)
+    inputs = (*_sae_input(config), f"synthesis/{name}.jsonl") if name in WRITTEN else _sae_input(config)
+    made_of = partial(_scan_settings, config, name)
+    return Stage(f"scan:{name}", f"scans/{name}", f"scan --data {name}", partial(scan, name=name), made_of, inputs)
 
 
 def _store_input(config: Config) -> tuple[str, ...]:
@@ -123,10 +121,23 @@ def _train_settings(config: Config) -> dict[str, Any]:
     return {**settings, "layer": config.backbone.layer, **outside}
 
 
+def _sweep_settings(config: Config) -> dict[str, Any]:
+    return {"sweep": config.sweep, **_train_settings(config)}
+
+
 def _splice_settings(config: Config) -> dict[str, Any]:
     held_out = {"data": data_fingerprint(config, config.harvest.data), "fraction": config.harvest.validation_fraction}
     outside = {"sae": external_sae(config.scan.sae), "store": external_store(config.train.store)}
     return {"splice": config.splice, **_backbone(config), **held_out, **outside}
+
+
+def _scan_settings(config: Config, name: str) -> dict[str, Any]:
+    settings = {"scan": config.scan, **_backbone(config), "sae": external_sae(config.scan.sae)}
+    return settings if name in WRITTEN else {**settings, "data": data_fingerprint(config, name)}
+
+
+def _coverage_settings(config: Config) -> dict[str, Any]:
+    return {"coverage": config.coverage, "seed": config.run.seed}
 
 
 def _writer(config: Config) -> dict[str, Any]:

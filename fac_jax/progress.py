@@ -14,6 +14,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, Task, TaskID, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
+from fac_jax.distributed import is_first
+
 LOG_EVERY_S = 10.0
 
 
@@ -31,7 +33,7 @@ class Bar:
         self.done += count
         if self.display is not None and self.task is not None:
             self.display.update(self.task, completed=self.done, note=note)
-        elif time.monotonic() - self._logged > LOG_EVERY_S:
+        elif is_first() and time.monotonic() - self._logged > LOG_EVERY_S:
             self._logged = time.monotonic()
             print(self.line(note), file=sys.stderr, flush=True)
 
@@ -66,7 +68,7 @@ class _Rate(TextColumn):
 @contextmanager
 def progress(name: str, total: float | None, unit: str) -> Iterator[Bar]:
     """`with progress("harvest", total=200_000, unit="tokens") as bar: bar.advance(n)`."""
-    if not sys.stderr.isatty():
+    if not sys.stderr.isatty() or not is_first():
         yield Bar(name, total, unit, None)
         return
     columns = (

@@ -21,10 +21,12 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from fac_jax.config import Config, to_yaml
+from fac_jax.distributed import Process, check_same, from_first, is_first, wait_for_all
 from fac_jax.errors import UserError
 from fac_jax.plain import digest, to_plain
 
@@ -50,12 +52,19 @@ class Stage:
     verb: str
     """Verb that makes it alone, with its options, such as `scan --data anchor`."""
     function: StageFunction
-    settings: Any
-    """Every setting and fingerprint that changes the product (dataclasses and plain values)."""
+    made_of: Callable[[], Any]
+    """Gives `settings`; not called by a verb that needs nothing of this stage, whose data may not be here."""
     inputs: tuple[str, ...] = ()
     """Earlier stages by name; `coverage/missing.parquet` means that one file of the product and nothing else of it."""
+    distributed: bool = False
+    """Whether several processes can make it together."""
     on_request: bool = False
     """Made by its own verb only, not by `fac run`; later stages use it if it is there."""
+
+    @cached_property
+    def settings(self) -> Any:
+        """Every setting and fingerprint that changes the product (dataclasses and plain values)."""
+        return self.made_of()
 
     @property
     def command(self) -> str:
@@ -99,6 +108,18 @@ class Run:
         self._lock: int | None = None
 
     def __enter__(self) -> Run:
+        check_same(self.config)
+        if is_first():
+            self._own()
+        wait_for_all("the run directory is owned")
+        if not (self.dir / "config.yaml").exists():
+            raise UserError(
+                f"run.dir {self.dir} of process 0 is not seen on {platform.node()}: choose a folder on a file system "
+                "that all processes share"
+            )
+        return self
+
+    def _own(self) -> None:
         try:
             self.dir.mkdir(parents=True, exist_ok=True)
             self._lock = os.open(self.dir / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
@@ -117,7 +138,6 @@ class Run:
         os.ftruncate(self._lock, 0)
         os.pwrite(self._lock, f"process {os.getpid()} on {platform.node()} ({' '.join(sys.argv[:3])})".encode(), 0)
         write_text(self.dir / "config.yaml", to_yaml(self.config))
-        return self
 
     def __exit__(self, *exception: object) -> None:
         if self._lock is not None:
@@ -134,9 +154,37 @@ class Run:
 
         Raises UserError when an input is missing or was made with other settings than the config has now.
         """
+        if Process.count > 1 and not stage.distributed:
+            raise UserError(
+                f"{stage.name} is made by one process: run `{stage.command}` without --mesh.coordinator; what several "
+                "processes made is not made again"
+            )
         inputs = self.input_digests(stage, stages)
         key = self._key(stage, inputs)
         out = self.folder(stage)
+        done = self._prepare(stage, key, out) if is_first() else None
+        if from_first(done is not None):  # what a process sees of a shared file system may be out of date
+            done = done or read_record(out)
+            assert done is not None
+            return done
+        started = time.monotonic()
+        folders = {name: self.folder(stages[name.partition("/")[0]]) for name in stage.inputs}
+        folders = {name.partition("/")[0]: folder for name, folder in folders.items()}
+        summary = stage.function(self.config, out, folders)
+        wait_for_all(f"{stage.name} is made")
+        record = Record(
+            stage=stage.name, digest=key, finished=time.strftime("%Y-%m-%d %H:%M:%S"),
+            seconds=round(time.monotonic() - started, 2), summary=summary, settings=to_plain(stage.settings),
+            inputs=inputs, versions=versions(), files=dict(_files(out)),
+        )  # fmt: skip
+        if is_first():
+            write_text(out / RECORD, json.dumps(to_plain(record), indent=1, allow_nan=False))
+            (out / PARTIAL).unlink()
+        wait_for_all(f"{stage.name} has its record")
+        return record
+
+    def _prepare(self, stage: Stage, key: str, out: Path) -> Record | None:
+        """The record of the product, if it is there; if not, the folder is made ready for it."""
         self._set_aside_other_product(stage, key)
         done = read_record(out)
         if done is not None:
@@ -145,18 +193,7 @@ class Run:
             return done
         out.mkdir(parents=True, exist_ok=True)
         write_text(out / PARTIAL, json.dumps({"digest": key}))
-        started = time.monotonic()
-        folders = {name: self.folder(stages[name.partition("/")[0]]) for name in stage.inputs}
-        folders = {name.partition("/")[0]: folder for name, folder in folders.items()}
-        summary = stage.function(self.config, out, folders)
-        record = Record(
-            stage=stage.name, digest=key, finished=time.strftime("%Y-%m-%d %H:%M:%S"),
-            seconds=round(time.monotonic() - started, 2), summary=summary, settings=to_plain(stage.settings),
-            inputs=inputs, versions=versions(), files=dict(_files(out)),
-        )  # fmt: skip
-        write_text(out / RECORD, json.dumps(to_plain(record), indent=1, allow_nan=False))
-        (out / PARTIAL).unlink()
-        return record
+        return None
 
     def input_digests(self, stage: Stage, stages: Mapping[str, Stage]) -> dict[str, str]:
         """Digest of each input; UserError names the command that makes a missing or outdated one."""

@@ -37,7 +37,7 @@ class Recorder:
                 assert (folder / "value.txt").exists()
             return {"settings": settings}
 
-        return Stage(name, f"products/{name}", name, function, settings, inputs)
+        return Stage(name, f"products/{name}", name, function, lambda: settings, inputs)
 
 
 @pytest.fixture

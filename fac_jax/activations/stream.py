@@ -2,12 +2,12 @@
 
 Reads blocks of an activation store. Batch `step` is a pure function of (store, seed, batch size, step), so the state of
 a training run's data is its step. Every epoch the blocks are permuted, dealt to `streams`, and each stream's rows are
-mixed in windows of blocks; a batch takes an equal share from every stream. As the writer shuffled rows within shards,
-the rows of a batch are as good as independent (test_stream.py: the variance of a per-document effect on a batch is 0.94
-times that of independent rows, and 2 times with windows of one block).
+mixed in windows of blocks; a batch is an equal share of every stream, one after the other. As the writer shuffled rows
+within shards, the rows of a batch are as good as independent (test_stream.py: the variance of a per-document effect on
+a batch is 0.94 times that of independent rows, and 2 times with windows of one block).
 
-Streams are what several hosts share: host h of H reads only streams h, h + H, ..., and the global batch is the same for
-every number of hosts that divides `streams`.
+Streams are what several hosts share: a host whose devices hold some rows of a batch reads only the streams that those
+come from, and the batch is the same for every number of hosts.
 
 The only module that uses grain.
 """
@@ -17,7 +17,7 @@ from __future__ import annotations
 import sys
 import threading
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import lru_cache
@@ -40,41 +40,53 @@ def batches(
     seed: int,
     start_step: int = 0,
     streams: int = 1,
-    host: int = 0,
-    hosts: int = 1,
+    spans: Sequence[tuple[int, int]] | None = None,
 ) -> grain.DatasetIterator[tuple[int, Rows]]:
     """Endless (step, rows) from `start_step` on, read ahead by threads.
 
-    With several hosts each gets its `batch_rows / hosts` rows of the global batch. The iterator has grain's `get_state`
-    and `set_state`. Raises UserError when the sizes do not fit.
+    `spans` says which rows of each batch are wanted here, as (start, stop) in order; by default all. The iterator has
+    grain's `get_state` and `set_state`. Raises UserError when the sizes do not fit.
     """
-    batch = batch_function(reader, batch_rows, seed, streams, host, hosts)
+    batch = batch_function(reader, batch_rows, seed, streams, spans)
     steps = grain.MapDataset.range(start_step, sys.maxsize // 2)
     return iter(steps.map(lambda step: (int(step), batch(int(step)))).to_iter_dataset(READ))
 
 
 def batch_function(
-    reader: StoreReader, batch_rows: int, seed: int, streams: int = 1, host: int = 0, hosts: int = 1
+    reader: StoreReader,
+    batch_rows: int,
+    seed: int,
+    streams: int = 1,
+    spans: Sequence[tuple[int, int]] | None = None,
 ) -> Callable[[int], Rows]:
-    """The pure function step -> rows (this host's share); threads may call it. Neighbouring steps share their reads."""
-    if batch_rows % streams or streams % hosts:
-        raise UserError(
-            f"batch_rows {batch_rows} must be a multiple of streams {streams}, and that of hosts {hosts}: "
-            "change train.batch_rows"
-        )
+    """The pure function step -> the wanted rows; threads may call it. Neighbouring steps share their reads."""
+    if batch_rows % streams:
+        raise UserError(f"batch_rows {batch_rows} must be a multiple of streams {streams}: change train.batch_rows")
     if len(reader.block_rows) < streams:
         raise UserError(f"store at {reader.path} has {len(reader.block_rows)} blocks, fewer than {streams} streams")
-    window_blocks = max(1, WINDOW_BLOCKS // streams)
-    mine = [_Stream(reader, seed, index, streams, window_blocks) for index in range(host, streams, hosts)]
     share = batch_rows // streams
+    wanted = [
+        (index, max(start, index * share) - index * share, min(stop, (index + 1) * share) - index * share)
+        for start, stop in spans or [(0, batch_rows)]
+        for index in range(start // share, -(-stop // share))
+    ]
+    window_blocks = max(1, WINDOW_BLOCKS // streams)
+    mine = {index: _Stream(reader, seed, index, streams, window_blocks) for index, _, _ in wanted}
 
     def batch(step: int) -> Rows:
-        rows = empty_rows(share * len(mine), reader.d_model)
-        for place, stream in enumerate(mine):
-            stream.read(step * share, rows.span(place * share, (place + 1) * share))
+        rows = empty_rows(sum(stop - start for _, start, stop in wanted), reader.d_model)
+        filled = 0
+        for index, start, stop in wanted:
+            mine[index].read(step * share + start, rows.span(filled, filled + stop - start))
+            filled += stop - start
         return rows
 
     return batch
+
+
+def streams_for(reader: StoreReader, batch_rows: int, most: int) -> int:
+    """The largest number of streams up to `most` that the store has blocks for and that divides a batch."""
+    return next(n for n in range(min(most, len(reader.block_rows)), 0, -1) if batch_rows % n == 0)
 
 
 @dataclass(frozen=True)

@@ -26,6 +26,7 @@ import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from jaxtyping import Array, UInt32
+from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, LatestN, PreservationPolicy
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
@@ -38,6 +39,8 @@ from fac_jax.sae.model import SAE
 
 State = TypeVar("State")
 FORMAT = 2
+UNKNOWN_K = 2**31
+"""K of a checkpoint that was not measured: any that was measured is better."""
 # name in the file -> attribute of SAE; the last two are not in every file
 TENSORS = {
     "W_dec": "w_fd", "b_enc": "b_enc_f", "b_dec": "b_dec_d", "W_enc": "w_enc_fd", "threshold": "threshold_f"
@@ -182,31 +185,48 @@ def read_card(folder: str | Path) -> SaeCard:
     return from_plain(SaeCard, raw, str(path))
 
 
-def open_checkpoints(folder: Path, keep: int = 2) -> ocp.CheckpointManager:
-    """The newest `keep` checkpoints below `folder`; saves run in the background, leftovers of a kill are removed."""
+def open_checkpoints(folder: Path, keep: int = 2, keep_best: int = 0) -> ocp.CheckpointManager:
+    """The newest `keep` checkpoints below `folder`, and the best `keep_best` of all.
+
+    Saves run in the background; leftovers of a kill are removed.
+    """
+    policies: list[PreservationPolicy] = [LatestN(keep)]
+    if keep_best:
+        best = BestN(get_metric_fn=_rank, reverse=True, n=keep_best, keep_checkpoints_without_metrics=False)
+        policies.append(best)
     options = ocp.CheckpointManagerOptions(
-        max_to_keep=keep, cleanup_tmp_directories=True, enable_async_checkpointing=True
+        preservation_policy=AnyPreservationPolicy(policies),
+        best_fn=_rank,
+        best_mode="min",
+        cleanup_tmp_directories=True,
+        enable_async_checkpointing=True,
     )
     return ocp.CheckpointManager(folder.absolute(), options=options)
 
 
-def save_state(manager: ocp.CheckpointManager, step: int, state: Any) -> None:
-    """Save every leaf of `state`, any tree of arrays, with its digest."""
+def _rank(quality: Mapping[str, float]) -> tuple[float, float]:
+    """Smaller is better: a reconstruction from fewer features first, as K anneals, and then the better one."""
+    return quality["k"], quality["fvu"]
+
+
+def save_state(manager: ocp.CheckpointManager, step: int, state: Any, k: int = UNKNOWN_K, fvu: float = 0.0) -> None:
+    """Save every leaf of `state`, any tree of arrays, with its digest; K and fvu decide which is best."""
     leaves = _named(state)
     meta = {
         name: [*_form(leaf), _hex(value)]
         for (name, leaf), value in zip(leaves.items(), leaf_digests(leaves), strict=True)
     }
-    manager.save(step, args=ocp.args.Composite(state=ocp.args.StandardSave(leaves), meta=ocp.args.JsonSave(meta)))
+    saved = ocp.args.Composite(state=ocp.args.StandardSave(leaves), meta=ocp.args.JsonSave(meta))
+    manager.save(step, args=saved, metrics={"k": k, "fvu": fvu})
 
 
-def restore_state(manager: ocp.CheckpointManager, like: State) -> tuple[int, State] | None:
-    """The newest checkpoint as (step, state), or None when there is none.
+def restore_state(manager: ocp.CheckpointManager, like: State, best: bool = False) -> tuple[int, State] | None:
+    """The newest (or the best) checkpoint as (step, state), or None when there is none.
 
     `like` has the structure of the state, with arrays or ShapeDtypeStructs that carry shape, type and sharding; the
     mesh may be another one than at saving. Raises UserError naming the leaf that has another shape or was damaged.
     """
-    step = manager.latest_step()
+    step = manager.best_step() if best else manager.latest_step()
     if step is None:
         return None
     path = Path(manager.directory) / str(step)

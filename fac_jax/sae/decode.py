@@ -6,8 +6,9 @@ is added, written or read for them: two gradients that are summed would cost a q
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +16,9 @@ from jaxtyping import Array, Bool, Float
 
 from fac_jax.sae.dense import add_all_gradient, decode_all
 from fac_jax.sae.sparse import Decoded, Selected, Weights, add_rows_gradient, decode_rows
+
+T = TypeVar("T")
+WIDTHS = 4  # numbers of columns that a selection is decoded by: all, a half, a quarter, an eighth
 
 
 class Way(NamedTuple):
@@ -25,6 +29,10 @@ class Way(NamedTuple):
     dtype: str = "float32"
     groups: int = 1
     """Groups of features that are summed apart; 1 where it is dense."""
+    platform: str = "cpu"
+    """Of the devices that run it."""
+    shards: int = 1
+    """Shards whose best features compete: most of what one of them selected is then not kept, and left out."""
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
@@ -82,7 +90,13 @@ decode_selected.defvjp(_forward, _backward)
 def _decode(way: Way, weights: Weights, x_bd: Array, chosen: Selected) -> Decoded:
     if way.dense:
         return decode_all(weights, x_bd, chosen, way.dtype)
-    return decode_rows(weights, x_bd, chosen, way.groups)
+
+    def rows(width: int) -> Decoded:
+        found = decode_rows(weights, x_bd, _leading(chosen, width), way.groups, way.platform)
+        missing = chosen.idx_bk.shape[1] - width
+        return found._replace(acts_bk=jnp.pad(found.acts_bk, ((0, 0), (0, missing))))
+
+    return _narrowed(way, chosen, rows)
 
 
 def _add_gradient(
@@ -90,4 +104,27 @@ def _add_gradient(
 ) -> Weights:
     if way.dense:
         return add_all_gradient(gradient, weights, x_bd, chosen, acts_bk, given, way.dtype)
-    return add_rows_gradient(gradient, weights, x_bd, chosen, acts_bk, given)
+
+    def rows(width: int) -> Weights:
+        part = _leading((chosen, acts_bk, given.acts_bk), width)
+        of_rows = given._replace(acts_bk=part[2])
+        return add_rows_gradient(gradient, weights, x_bd, part[0], part[1], of_rows, way.platform)
+
+    return _narrowed(way, chosen, rows)
+
+
+def _narrowed(way: Way, chosen: Selected, rows: Callable[[int], T]) -> T:
+    """`rows` of as few leading columns as hold all that is kept: what a row keeps are the best that it selected."""
+    k = chosen.idx_bk.shape[1]
+    widths = [k]
+    while len(widths) < WIDTHS and widths[-1] * way.shards > 2 * k and widths[-1] > 1:
+        widths.append(-(-widths[-1] // 2))
+    if len(widths) == 1:
+        return rows(k)
+    needed = chosen.kept_bk.sum(axis=1).max()
+    branch = sum((needed <= width).astype(jnp.int32) for width in widths[1:])
+    return jax.lax.switch(branch, [partial(rows, width) for width in widths])
+
+
+def _leading(arrays: T, width: int) -> T:
+    return jax.tree.map(lambda array: array[:, :width], arrays)

@@ -32,14 +32,14 @@ that reads and writes), the dense one computes 8 F d operations more, so they co
 / (2 operations per second): .0017 on an H100, .0021 on a v5e, .003 on a v5p."""
 
 
-def dense_share() -> float:
-    """Share of the features from which on decoding through all of them is faster, on this backend."""
-    return DENSE_SHARE.get(jax.default_backend(), 0.002)
+def dense_share(platform: str) -> float:
+    """Share of the features from which on decoding through all of them is faster, on devices of this platform."""
+    return DENSE_SHARE.get(platform, 0.002)
 
 
-def dense_pays(k: int, features: int) -> bool:
+def dense_pays(k: int, features: int, platform: str) -> bool:
     """Whether decoding k of this many features is faster through all of them."""
-    return k > dense_share() * features
+    return k > dense_share(platform) * features
 
 
 class Jumped(NamedTuple):

@@ -1,8 +1,8 @@
 """The training loop: any number of SAEs, step by step, over the same rows.
 
-Writes `checkpoints/` (all of them together) and each one's `metrics.jsonl` (a line of `Metrics` every `log_every`
-steps). The data of a step depend on nothing but the step, so a run that is killed goes on from its last checkpoint and
-ends with the same bytes.
+Writes `checkpoints/` (all of them together), and each one's `metrics.jsonl` (a line of `Metrics` every `log_every`
+steps) and `validation.jsonl` (a line at every checkpoint: figures on some held-out rows). The data of a step depend on
+nothing but the step, so a run that is killed goes on from its last checkpoint and ends with the same bytes.
 
 The loop never waits for the step it has just started: metrics are read one step late, and a loss or gradient that is
 not finite stops the run with its step, rate and rows before any checkpoint can hold it.
@@ -11,28 +11,35 @@ not finite stops the run with its step, rate and rows before any checkpoint can 
 from __future__ import annotations
 
 import json
+import logging
 import math
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
 from jax.sharding import Mesh
-from jaxtyping import Float64
+from jaxtyping import BFloat16, Float64
 
 from fac_jax.activations.store import Rows
-from fac_jax.errors import UserError
-from fac_jax.mesh import DATA, sharding
+from fac_jax.distributed import beat, heeding_sigterm, is_first
+from fac_jax.errors import Stopped, UserError
+from fac_jax.mesh import DATA, place_rows
 from fac_jax.progress import progress
 from fac_jax.runs import write_text
 from fac_jax.sae.checkpoint import open_checkpoints, restore_state, save_state
+from fac_jax.sae.metrics import validate
 from fac_jax.sae.model import SAE
-from fac_jax.sae.problem import Problem
-from fac_jax.sae.step import Batch, Metrics, TrainState, init_state, make_train_step
+from fac_jax.sae.problem import Problem, k_at
+from fac_jax.sae.step import Batch, Metrics, TrainState, init_state, make_train_step, unscaled
+
+logger = logging.getLogger(__name__)
+SLOW_S = 1800.0
+"""Seconds that a compilation, a checkpoint or a validation may take before a run of several processes is given up."""
 
 
 @dataclass(frozen=True)
@@ -66,11 +73,15 @@ def fit(
     rows_from: Callable[[int], Iterator[tuple[int, Rows]]],
     mesh: Mesh,
     out: Path,
+    held_out_bd: BFloat16[np.ndarray, "b d"] | None = None,
 ) -> Fitted:
     """Train for `train.steps`, from the last checkpoint in `out` if there is one.
 
     `rows_from(step)` yields (step, this process's rows), endlessly and always the same. The members, which share their
-    train settings, see the same rows: each batch is read and moved to the devices once.
+    train settings, see the same rows: each batch is read and moved to the devices once. `held_out_bd` are rows that
+    every checkpoint is measured on; without them none is better than another.
+
+    Raises Stopped after SIGTERM, with a checkpoint of a step that is the same in every process.
     """
     settings, data_shards = members[0].problem.train, mesh.shape[DATA]
     if settings.batch_rows % data_shards:
@@ -78,13 +89,16 @@ def fit(
             f"train.batch_rows {settings.batch_rows} cannot be shared equally by mesh.data {data_shards}: change one"
         )
     started = time.monotonic()
-    with open_checkpoints(out / "checkpoints") as checkpoints:
+    beat("the beginning of training", SLOW_S)
+    folder, keep_best = out / "checkpoints", settings.keep_best if held_out_bd is not None else 0
+    with open_checkpoints(folder, settings.keep_checkpoints, keep_best) as checkpoints, heeding_sigterm() as stop:
         states = {one.name: init_state(one.problem, mean_d, one.seed, mesh, one.start) for one in members}
         first, states = restore_state(checkpoints, states) or (0, states)
-        logs = _open_logs(members, first)
+        logs, checks = _open_logs(members, "metrics", first), _open_logs(members, "validation", first + 1)
         steps = [make_train_step(one.problem, mesh) for one in members]
         compiled: float | None = None
         waiting: deque[tuple[int, list[Metrics], Rows]] = deque()
+        beat(f"the restoring of step {first}; the next one compiles", SLOW_S)
         with progress("train", (settings.steps - first) * settings.batch_rows, "tokens") as bar:
             for step, rows in _until(settings.steps, first, rows_from):
                 batch, metrics = to_device(rows, members[0].problem, mesh), []
@@ -92,30 +106,66 @@ def fit(
                     states[member.name], found = take(states[member.name], batch)
                     metrics.append(found)
                 waiting.append((step, metrics, rows))
-                save = (step + 1) % settings.checkpoint_every == 0 or step + 1 == settings.steps
+                stopping = stop.at(step)
+                save = stopping or (step + 1) % settings.checkpoint_every == 0 or step + 1 == settings.steps
                 while len(waiting) > (0 if save else 1):
                     bar.advance(settings.batch_rows, _settle(*waiting.popleft(), members, logs))
                     compiled = compiled or time.monotonic()
+                    beat(f"step {step}")
                 if save:
-                    save_state(checkpoints, step + 1, states)
+                    beat(f"step {step}, at a checkpoint", SLOW_S)
+                    quality = {} if stopping else _check(members, states, held_out_bd, step + 1, mesh, checks)
+                    save_state(checkpoints, step + 1, states, **quality)
+                    beat(f"the checkpoint after step {step}")
+                if stopping and step + 1 < settings.steps:
+                    raise Stopped(f"SIGTERM: saved after step {step} of {settings.steps}")
         ended = time.monotonic()
+        beat("the last step", SLOW_S)
+        if settings.finish == "best" and keep_best:
+            checkpoints.wait_until_finished()
+            best = restore_state(checkpoints, states, best=True)
+            assert best is not None
+            logger.info("the best checkpoint is that of step %d of %d", best[0], settings.steps)
+            states = best[1]
     done = max(0, settings.steps - first - 1) * settings.batch_rows
     speed = done / max(ended - compiled, 1e-9) if compiled else 0.0
     return Fitted(tuple(states[one.name] for one in members), ended - started, speed)
 
 
 def to_device(rows: Rows, problem: Problem, mesh: Mesh) -> Batch:
-    """This process's rows as its part of the global batch, in the type they are stored in."""
-    weight_b = np.ones(len(rows), np.float32)
+    """This process's rows (or all) as its part of the global batch, in the type they are stored in."""
+    weight_b, total = np.ones(len(rows), np.float32), problem.train.batch_rows
     if problem.official:
+        if len(rows) != total:
+            raise ValueError(f"{len(rows)} of {total} rows do not tell how many of them each document has")
         _, sequence_b, counts = np.unique(rows.doc, return_inverse=True, return_counts=True)
         weight_b = (1 / counts[sequence_b]).astype(np.float32)
-    put = partial(jax.make_array_from_process_local_data, sharding(mesh, DATA))
-    return Batch(put(rows.resid), put(weight_b))
+    return Batch(place_rows(mesh, rows.resid, total), place_rows(mesh, weight_b, total))
+
+
+def _check(
+    members: Sequence[Member],
+    states: Mapping[str, TrainState],
+    held_out_bd: np.ndarray | None,
+    step: int,
+    mesh: Mesh,
+    logs: Sequence[MetricsLog],
+) -> dict[str, Any]:
+    """How good a checkpoint is: K, and the mean fvu of the members on held-out rows, whose figures are logged."""
+    ks = [int(k_at(step - 1, one.problem)) for one in members]
+    if held_out_bd is None:
+        return {"k": max(ks)}
+    saes = [unscaled(states[one.name], one.problem) for one in members]
+    asked = [(sae, k if sae.threshold_f is None else None) for sae, k in zip(saes, ks, strict=True)]
+    problem = members[0].problem
+    found = validate(asked, [held_out_bd], problem.train.batch_rows, mesh, problem.norm_limit)
+    for log, figures in zip(logs, found, strict=False):
+        log.add(step, {name: value for name, value in asdict(figures).items() if name != "density"})
+    return {"k": max(ks), "fvu": float(np.mean([figures.fvu for figures in found]))}
 
 
 class MetricsLog:
-    """metrics.jsonl, one JSON object a line; opening it drops what a killed run wrote after its last checkpoint."""
+    """One JSON object a line; opening it drops what a killed run wrote after its last checkpoint."""
 
     def __init__(self, path: Path, before: int) -> None:
         self.path = path
@@ -160,12 +210,13 @@ def _settle(
     return f"loss {values['loss']:.4f}  fvu {values['fvu']:.4f}  k {values['k']}  dead {values['dead_fraction']:.1%}"
 
 
-def _open_logs(members: Sequence[Member], before: int) -> list[MetricsLog]:
-    if jax.process_index() != 0:
+def _open_logs(members: Sequence[Member], name: str, before: int) -> list[MetricsLog]:
+    """One for each member in the first process, none in others."""
+    if not is_first():
         return []
     for member in members:
         member.folder.mkdir(parents=True, exist_ok=True)
-    return [MetricsLog(member.folder / "metrics.jsonl", before) for member in members]
+    return [MetricsLog(member.folder / f"{name}.jsonl", before) for member in members]
 
 
 def _not_finite(step: int, values: Mapping[str, float], rows: Rows) -> str:

@@ -26,7 +26,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
 from fac_jax.errors import UserError
-from fac_jax.mesh import DATA, sharding
+from fac_jax.mesh import DATA, platform, sharding
 from fac_jax.sae.model import SAE
 from fac_jax.sae.reconstruct import Choice, reconstruct
 
@@ -125,7 +125,7 @@ def _sums(sae: SAE, x_bd: Array, *, k: int | None, norm_limit: float, mesh: Mesh
     x_bd = x_bd.astype(jnp.float32)
     square_b = jnp.sum(x_bd**2, axis=1)
     counted_b = (square_b > 0) & (square_b <= norm_limit**2)  # padding has norm 0
-    choice = Choice("jumprelu") if k is None else Choice("topk", k)
+    choice = Choice("topk" if k else "jumprelu", k or 0, platform=platform(mesh))
     found = reconstruct(sae, x_bd, counted_b, k or 0, choice=choice, mesh=mesh)
     x_hat_bd = found.x_hat_bpd[:, -1]
     error_b = jnp.sum((x_bd - x_hat_bd) ** 2, axis=1)

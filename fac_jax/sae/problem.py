@@ -12,6 +12,7 @@ import math
 from dataclasses import dataclass
 from functools import partial
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -41,6 +42,8 @@ class Problem:
     """Raw rows with a larger Euclidean norm are left out; infinite to keep all."""
     select_dtype: str
     """Input type of the matmul that selects features."""
+    platform: str
+    """Of the devices that train it: cpu, gpu or tpu."""
 
     @property
     def official(self) -> bool:
@@ -63,11 +66,15 @@ class Problem:
         """How features are chosen while K is at most `k_max`."""
         sae = self.sae
         cap = min(sae.features, sae.row_cap * k_max)
-        return Choice(sae.activation, k_max, cap, sae.prefixes, sae.jump_width, self.select_dtype)
+        return Choice(sae.activation, k_max, cap, sae.prefixes, sae.jump_width, self.select_dtype, self.platform)
 
 
-def pose(sae: SaeConfig, train: TrainConfig, d_model: int, median_norm: float) -> Problem:
-    """The problem of training on rows of width `d_model` whose Euclidean norms have this median."""
+def pose(sae: SaeConfig, train: TrainConfig, d_model: int, median_norm: float, platform: str | None = None) -> Problem:
+    """The problem of training on rows of width `d_model` whose Euclidean norms have this median.
+
+    `platform` is that of the devices that will train, by default this process's own.
+    """
+    platform = platform or jax.default_backend()
     if not (math.isfinite(median_norm) and median_norm > 0):
         raise UserError(f"the median norm of the training rows is {median_norm}: the store holds no usable residuals")
     plain = train.compat == "official"
@@ -76,7 +83,7 @@ def pose(sae: SaeConfig, train: TrainConfig, d_model: int, median_norm: float) -
             "train.compat official is a tied Top-K SAE with a free decoder norm, and sae asks for another kind: "
             "set train.compat to none, or leave sae.activation, tied, matryoshka and decoder_norm out"
         )
-    auto = "float32" if plain else selecting_dtype()
+    auto = "float32" if plain else selecting_dtype(platform)
     problem = Problem(
         sae=sae,
         train=train,
@@ -84,6 +91,7 @@ def pose(sae: SaeConfig, train: TrainConfig, d_model: int, median_norm: float) -
         scale=1.0 if plain else math.sqrt(d_model) / median_norm,
         norm_limit=math.inf if plain or train.norm_filter == 0 else train.norm_filter * median_norm,
         select_dtype=auto if train.select_dtype == "auto" else train.select_dtype,
+        platform=platform,
     )
     if problem.anneal[0] > sae.features:
         raise UserError(f"train.k_start is {problem.anneal[0]}, more than sae.features {sae.features}: lower it")
@@ -120,16 +128,17 @@ def decoding_plan(problem: Problem, mesh: Mesh) -> list[str]:
         if choice.kind == "jumprelu":
             lines.append("jumprelu: through all features, as rows keep no fixed number of them")
         else:
-            lines.append(f"K up to {k}: {_path(choice.dense(features), choice.candidates, features)}")
+            lines.append(f"K up to {k}: {_path(choice.dense(features), choice.candidates, features, problem.platform)}")
     if problem.aux_k:
-        how = _path(dense_pays(problem.aux_k, features), problem.aux_k, features)
+        dense = dense_pays(problem.aux_k, features, problem.platform)
+        how = _path(dense, problem.aux_k, features, problem.platform)
         lines.append(f"dead features, {problem.aux_k} a row: {how}")
     return lines
 
 
-def _path(dense: bool, count: int, features: int) -> str:
-    how = "through all features" if dense else "by the selected rows"
-    return f"{how} ({count} of {features} is {count / features:.2%}; all features pay above {dense_share():.1%})"
+def _path(dense: bool, count: int, features: int, platform: str) -> str:
+    how, share = "through all features" if dense else "by the selected rows", dense_share(platform)
+    return f"{how} ({count} of {features} is {count / features:.2%}; all features pay above {share:.1%})"
 
 
 def learning_rate_at(step: Int[Array, ""] | int, problem: Problem) -> Float[Array, ""]:

@@ -58,6 +58,8 @@ class Choice:
     """JumpReLU: of the rectangle that stands for the gradient of a step."""
     dtype: str = "float32"
     """Input type of the matmul that selects, and of all matmuls where decoding is dense; they accumulate in float32."""
+    platform: str = "cpu"
+    """Of the devices that run it: cpu, gpu or tpu. It decides between dense and sparse decoding."""
 
     @property
     def candidates(self) -> int:
@@ -66,7 +68,7 @@ class Choice:
 
     def dense(self, features: int) -> bool:
         """Whether a shard of this many features decodes through all of them; nested groups are decoded sparsely."""
-        return self.kind == "jumprelu" or (not self.prefixes and dense_pays(self.candidates, features))
+        return self.kind == "jumprelu" or (not self.prefixes and dense_pays(self.candidates, features, self.platform))
 
 
 class Dead(NamedTuple):
@@ -144,8 +146,12 @@ def _reconstruct_shard(
 
     dead = None if dead_k is None else Dead(dead_f, dead_k)
     chosen = _choose(weights, x_bd, counted_b, k, dead, any_dead, choice, mesh)
-    live_way = Way(choice.dense(features), choice.dtype, max(1, len(choice.prefixes)))
-    dead_way = Way(dead_k is not None and dense_pays(min(dead_k, features), features), choice.dtype)
+    shards = mesh.shape[FEATURE]
+    rivals = choice.row_cap // choice.k_max * shards if choice.kind == "batchtopk" else shards
+    groups = max(1, len(choice.prefixes))
+    live_way = Way(choice.dense(features), choice.dtype, groups, choice.platform, rivals)
+    dead_dense = dead_k is not None and dense_pays(min(dead_k, features), features, choice.platform)
+    dead_way = Way(dead_dense, choice.dtype, platform=choice.platform, shards=shards)
     found, revived = decode_selected(live_way, dead_way, weights, x_bd, chosen.live, chosen.dead, any_dead)
     if chosen.live is None:
         assert threshold_f is not None

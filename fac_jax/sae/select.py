@@ -96,9 +96,9 @@ def _tiles(features: int, rows: int, k: int) -> int:
     return tiles if tiles * k <= features else 1
 
 
-def selecting_dtype() -> str:
-    """Input type in which the selecting matmul is fastest here: bfloat16 wherever the hardware multiplies it."""
-    if jax.default_backend() != "cpu":
+def selecting_dtype(platform: str) -> str:
+    """Input type in which devices of this platform select fastest: bfloat16 wherever the hardware multiplies it."""
+    if platform != "cpu":
         return "bfloat16"
     try:
         flags = set(Path("/proc/cpuinfo").read_text(encoding="utf-8").split())

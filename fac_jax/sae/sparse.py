@@ -61,7 +61,9 @@ class Decoded(NamedTuple):
     sum_bpd: Float[Array, "b p d"]
 
 
-def decode_rows(weights: Weights, x_bd: Float[Array, "b d"], chosen: Selected, groups: int) -> Decoded:
+def decode_rows(
+    weights: Weights, x_bd: Float[Array, "b d"], chosen: Selected, groups: int, platform: str = "cpu"
+) -> Decoded:
     """Activations in float32 of the selected features, and the sum of each of `groups`; without a gradient."""
 
     def chunk(_: None, part: tuple[Array, Selected]) -> tuple[None, Decoded]:
@@ -74,12 +76,18 @@ def decode_rows(weights: Weights, x_bd: Float[Array, "b d"], chosen: Selected, g
         acts_bkp = acts_bk[:, :, None] * (chosen.group_bk[:, :, None] == jnp.arange(groups))
         return None, Decoded(acts_bk, jnp.einsum("bkd,bkp->bpd", w_bkd, acts_bkp, precision=HIGHEST))
 
-    found = jax.lax.scan(chunk, None, _chunks((x_bd, chosen), weights))[1]
+    found = jax.lax.scan(chunk, None, _chunks((x_bd, chosen), weights, platform))[1]
     return jax.tree.map(lambda array: array.reshape(-1, *array.shape[2:])[: len(x_bd)], found)
 
 
 def add_rows_gradient(
-    gradient: Weights, weights: Weights, x_bd: Float[Array, "b d"], chosen: Selected, acts_bk: Array, given: Decoded
+    gradient: Weights,
+    weights: Weights,
+    x_bd: Float[Array, "b d"],
+    chosen: Selected,
+    acts_bk: Array,
+    given: Decoded,
+    platform: str = "cpu",
 ) -> Weights:
     """`gradient`, and what `decode_rows` adds to it where `given` is the gradient of its result; in place."""
     tied = weights.w_enc_fd is None
@@ -107,7 +115,7 @@ def add_rows_gradient(
             b_dec_d=sums.b_dec_d - jnp.einsum("bkd,bk->d", e_bkd, v_bk, precision=HIGHEST),
         ), None
 
-    return jax.lax.scan(chunk, gradient, _chunks((x_bd, chosen, acts_bk, given), weights))[0]
+    return jax.lax.scan(chunk, gradient, _chunks((x_bd, chosen, acts_bk, given), weights, platform))[0]
 
 
 def _rows(weights: Weights, idx_bk: Array) -> tuple[Array, Array]:
@@ -116,10 +124,10 @@ def _rows(weights: Weights, idx_bk: Array) -> tuple[Array, Array]:
     return (w_bkd if weights.w_enc_fd is None else weights.w_enc_fd[idx_bk]), w_bkd
 
 
-def _chunks(arrays: tuple[Any, ...], weights: Weights) -> tuple[Any, ...]:
+def _chunks(arrays: tuple[Any, ...], weights: Weights, platform: str) -> tuple[Any, ...]:
     """[b, ...] as [chunks, rows, ...], filled up with zeros: kept is then False and every activation 0."""
     b, k = arrays[1].idx_bk.shape
-    most = CHUNK_BYTES.get(jax.default_backend(), 2**28)
+    most = CHUNK_BYTES.get(platform, 2**28)
     rows = max(1, min(b, most // (k * weights.w_fd.shape[1] * weights.w_fd.dtype.itemsize)))
     chunks = -(-b // rows)
 

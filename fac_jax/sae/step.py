@@ -34,7 +34,7 @@ from jaxtyping import Array, Float, Float64, Int
 from scipy.special import ndtri
 
 from fac_jax.errors import UserError
-from fac_jax.mesh import FEATURE, sharding
+from fac_jax.mesh import DATA, FEATURE, sharding
 from fac_jax.sae.model import SAE
 from fac_jax.sae.problem import Problem, k_at, k_widths, learning_rate_at, make_optimizer
 from fac_jax.sae.reconstruct import Dead, reconstruct
@@ -103,10 +103,15 @@ def init_state(
 
     `start` is an SAE for raw rows to begin with, instead of a random one. Raises UserError where it does not fit.
     """
-    features, d = problem.sae.features, problem.d_model
+    train, features, d = problem.train, problem.sae.features, problem.d_model
     shards = mesh.shape[FEATURE]
     if features % shards:
         raise UserError(f"sae.features {features} cannot be shared equally by {shards} shards: change mesh.feature")
+    if train.shard_optimizer and features % mesh.size:
+        raise UserError(
+            f"sae.features {features} cannot be shared equally by {mesh.size} devices: set train.shard_optimizer to "
+            "no, or change mesh.data"
+        )
 
     quantile = max(0.01, float(ndtri(1 - max(problem.sae.k, problem.anneal[0]) / features)))
 
@@ -130,20 +135,27 @@ def init_state(
             params["log_threshold_f"] = jnp.full(features, jnp.log(jnp.sqrt(variance) * quantile))
         return params
 
-    mean_d = jnp.asarray(mean_d, jnp.float32)
-    shardings = state_shardings(jax.eval_shape(build, mean_d, start), mesh)
+    mean_d = np.asarray(mean_d, np.float32)  # on the host: every process holds the same
+    shardings = state_shardings(jax.eval_shape(build, mean_d, start), mesh, train.shard_optimizer)
     return jax.jit(build, out_shardings=shardings)(mean_d, start)
 
 
-def state_shardings(state: TrainState, mesh: Mesh) -> TrainState:
-    """Sharding of every leaf: whatever has one number or row a feature is split over features, the rest replicated."""
+def state_shardings(state: TrainState, mesh: Mesh, shard_optimizer: bool = False) -> TrainState:
+    """Sharding of every leaf: whatever has one number or row a feature is split over features, the rest replicated.
+
+    With `shard_optimizer` a feature shard's part of the optimizer is split over the data axis as well.
+    """
     specs = SAE.SPECS | {"silent_f": P(FEATURE), "log_threshold_f": P(FEATURE)}
     features = len(state.silent_f)
 
     def of(path: tuple[object, ...], leaf: Array) -> NamedSharding:
         spec = specs.get(jax.tree_util.keystr(path[-1:], simple=True), P())
         # Not every leaf with a parameter's name has its shape: Adafactor keeps one number a row and one a column.
-        return sharding(mesh, *spec[: leaf.ndim]) if leaf.shape[:1] == (features,) else sharding(mesh)
+        if leaf.shape[:1] != (features,) or not spec:
+            return sharding(mesh)
+        if shard_optimizer and jax.tree_util.keystr(path[:1], simple=True) == "optimizer":
+            return sharding(mesh, (FEATURE, DATA), *spec[1 : leaf.ndim])
+        return sharding(mesh, *spec[: leaf.ndim])
 
     return jax.tree.map_with_path(of, state)
 
@@ -186,7 +198,7 @@ def make_train_step(problem: Problem, mesh: Mesh) -> Callable[[TrainState, Batch
         return TrainState(state.step + 1, params, moments, silent_f, threshold), metrics
 
     abstract = jax.eval_shape(lambda: init_state(problem, np.zeros(problem.d_model), 0, mesh))
-    out = (state_shardings(abstract, mesh), sharding(mesh))
+    out = (state_shardings(abstract, mesh, train.shard_optimizer), sharding(mesh))
     return jax.jit(step, donate_argnums=0, out_shardings=out)
 
 

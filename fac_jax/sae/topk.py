@@ -4,15 +4,19 @@ One shard: the k largest of a row lie in the k groups with the largest maxima, s
 the best groups are found (again so, while it pays), and only their members are sorted. Groups keep index order, which
 keeps the tie rule; strided groups would break it.
 
-Several shards: each finds its own k, and only those values are gathered. Shards hold consecutive features, so the order
-of the gathered list is index order for equal values, and what a shard contributes to the global top k is always a
-prefix of its own sorted list: `winners` is the length of that prefix.
+Several shards: each finds its own k, and only those values are gathered, in two levels where the shards are many. As
+shards hold consecutive features, the order of the gathered list is index order for equal values, and what a shard
+contributes to the global top k is always a prefix of its own sorted list: `winners` is the length of that prefix.
 """
 
 from __future__ import annotations
 
+import math
+from functools import partial
+
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
@@ -23,6 +27,8 @@ from fac_jax.mesh import DATA, FEATURE
 # groups are more than an eighth of the row. On a GPU lax.top_k with k > 16 sorts whole rows, so there it matters more.
 GROUP = 16
 GAIN = 8
+TWO_LEVELS = 32
+"""Shards from which on values are gathered in two levels."""
 
 
 def top_k(x_bf: Float[Array, "b f"], k: int, mesh: Mesh | None = None) -> tuple[Float[Array, "b k"], Int[Array, "b k"]]:
@@ -34,12 +40,14 @@ def top_k(x_bf: Float[Array, "b f"], k: int, mesh: Mesh | None = None) -> tuple[
         return _top_k(x_bf, k)
 
     def core(x_bf: Array) -> tuple[Array, Array]:
-        offset = jax.lax.axis_index(FEATURE) * x_bf.shape[1]
         val_bk, idx_bk = _top_k(x_bf, min(k, x_bf.shape[1]))
-        val_bk = jax.lax.all_gather(val_bk, FEATURE, axis=1, tiled=True)
-        idx_bk = jax.lax.all_gather(idx_bk + offset, FEATURE, axis=1, tiled=True)
-        val_bk, at_bk = jax.lax.top_k(val_bk, k)
-        return val_bk, jnp.take_along_axis(idx_bk, at_bk, axis=1)
+        idx_bk = idx_bk + jax.lax.axis_index(FEATURE) * x_bf.shape[1]
+        for groups, _ in _levels((FEATURE,)):
+            gather = partial(jax.lax.all_gather, axis_name=FEATURE, axis=1, tiled=True, axis_index_groups=groups)
+            gathered_bk, idx_bk = gather(val_bk), gather(idx_bk)
+            val_bk, at_bk = jax.lax.top_k(gathered_bk, min(k, gathered_bk.shape[1]))
+            idx_bk = jnp.take_along_axis(idx_bk, at_bk, axis=1)
+        return val_bk, idx_bk
 
     # Every feature shard computes the same result, which the checker cannot see.
     sharded = jax.shard_map(core, mesh=mesh, in_specs=P(DATA, FEATURE), out_specs=P(DATA, None), check_vma=False)
@@ -54,14 +62,33 @@ def winners(
     Call it inside `shard_map`; an empty `axis` means that this shard is the only one. `k` may be traced, `k_max` is its
     bound; where the shards together offer fewer than k values, all of them win.
     """
-    b, width = val_bk.shape
+    best_bk, steps = val_bk, []
+    for groups, place in _levels(axis):
+        gathered_bk = jax.lax.all_gather(best_bk, axis, axis=1, tiled=True, axis_index_groups=groups)
+        # Positions in the gathered list, best first: lax.top_k's tie rule prefers the lower shard, as it must.
+        width = best_bk.shape[1]
+        best_bk, at_bk = jax.lax.top_k(gathered_bk, min(k_max, gathered_bk.shape[1]))
+        steps.append(at_bk // width == place)
+    wins_b = jnp.full(len(val_bk), jnp.minimum(k, best_bk.shape[1]))
+    for mine_bk in reversed(steps):  # of a group's winners, those that came from here
+        wins_b = (mine_bk & (jnp.arange(mine_bk.shape[1]) < wins_b[:, None])).sum(axis=1)
+    return wins_b
+
+
+def _levels(axis: tuple[str, ...]) -> list[tuple[list[list[int]] | None, Array]]:
+    """Gathers in order: the groups of shards that gather from each other, and this shard's place in its group.
+
+    Many shards gather in two levels: neighbours first, and then each group's best; of 256 shards every one then sorts
+    twice 16 lists instead of one of 256.
+    """
     if not axis:
-        return jnp.full(b, jnp.minimum(k, width))
-    gathered_bk = jax.lax.all_gather(val_bk, axis, axis=1, tiled=True)
-    # Positions in the gathered list, best first: lax.top_k's tie rule prefers the lower shard, as it must.
-    _, at_bk = jax.lax.top_k(gathered_bk, min(k_max, gathered_bk.shape[1]))
-    mine_bk = (at_bk // width == jax.lax.axis_index(axis)) & (jnp.arange(at_bk.shape[1]) < k)
-    return mine_bk.sum(axis=1)
+        return []
+    shards, index = jax.lax.axis_size(axis), jax.lax.axis_index(axis)
+    side = max(n for n in range(1, math.isqrt(shards) + 1) if shards % n == 0)
+    if shards < TWO_LEVELS or side == 1:
+        return [(None, index)]
+    near = np.arange(shards).reshape(-1, side)
+    return [(near.tolist(), index % side), (near.T.tolist(), index // side)]
 
 
 def _top_k(x_bf: Array, k: int) -> tuple[Array, Array]:

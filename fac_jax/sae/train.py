@@ -15,15 +15,15 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import jax
 import numpy as np
 from jax.sharding import Mesh
 
 from fac_jax.activations.manifest import Manifest, check_holds
 from fac_jax.activations.store import Rows, StoreReader
-from fac_jax.activations.stream import batches
+from fac_jax.activations.stream import batches, streams_for
 from fac_jax.config import Config, SaeConfig, TrainConfig, Variant
-from fac_jax.mesh import make_mesh
+from fac_jax.distributed import is_first
+from fac_jax.mesh import make_mesh, own_rows, platform
 from fac_jax.plain import to_plain
 from fac_jax.runs import write_text
 from fac_jax.sae.checkpoint import load_sae, save_sae
@@ -45,7 +45,7 @@ def train(config: Config, out: Path, inputs: Mapping[str, Path]) -> dict[str, An
     that is not finite.
     """
     source = _open(config, inputs)
-    problem = pose(config.sae, config.train, source.reader.d_model, source.reader.median_norm)
+    problem = pose(config.sae, config.train, source.reader.d_model, source.reader.median_norm, platform(source.mesh))
     member = Member("sae", problem, config.run.seed, out, _start(config, source))
     fitted, (figures,) = _make(config, source, [member], out)
     return {
@@ -68,9 +68,9 @@ def sweep(config: Config, out: Path, inputs: Mapping[str, Path]) -> dict[str, An
     """
     source = _open(config, inputs)
     start = _start(config, source)
+    scale = source.reader.d_model, source.reader.median_norm, platform(source.mesh)
     members = [
-        Member(name, pose(sae, config.train, source.reader.d_model, source.reader.median_norm), seed, out / name, start)
-        for name, sae, seed in members_of(config)
+        Member(name, pose(sae, config.train, *scale), seed, out / name, start) for name, sae, seed in members_of(config)
     ]
     fitted, figures = _make(config, source, members, out)
     rows: list[dict[str, Any]] = [
@@ -78,7 +78,7 @@ def sweep(config: Config, out: Path, inputs: Mapping[str, Path]) -> dict[str, An
         | {"k": member.problem.sae.k, "seed": member.seed, **asdict(found)}
         for member, found in zip(members, figures, strict=True)
     ]
-    if jax.process_index() == 0:
+    if is_first():
         described = {**_trained_on(config.train), "density_edges": DENSITY_EDGES, "members": rows}
         write_text(out / "sweep.json", json.dumps(to_plain(described), indent=2, allow_nan=False) + "\n")
     return {
@@ -135,12 +135,16 @@ def _make(config: Config, source: Source, members: Sequence[Member], out: Path) 
     for member in members:
         for line in decoding_plan(member.problem, source.mesh):
             logger.info("%s: decoding %s", member.name, line)
-    hosts, settings = jax.process_count(), config.train
+    settings, reader = config.train, source.reader
+    streams = streams_for(reader, settings.batch_rows, settings.streams)
+    # The published weights count a document's rows in the whole batch.
+    spans = None if members[0].problem.official else own_rows(source.mesh, settings.batch_rows)
 
     def rows_from(step: int) -> Iterator[tuple[int, Rows]]:
-        return batches(source.reader, settings.batch_rows, config.run.seed, step, hosts, jax.process_index(), hosts)
+        return batches(reader, settings.batch_rows, config.run.seed, step, streams, spans)
 
-    fitted = fit(members, source.reader.mean, rows_from, source.mesh, out)
+    held_out_bd = next(iter(_in_order(source.held_out)))
+    fitted = fit(members, reader.mean, rows_from, source.mesh, out, held_out_bd)
     saes = [unscaled(state, one.problem) for one, state in zip(members, fitted.states, strict=True)]
     asked = [
         (sae, one.problem.sae.k if sae.threshold_f is None else None) for one, sae in zip(members, saes, strict=True)

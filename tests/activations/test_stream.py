@@ -11,7 +11,7 @@ import pytest
 
 from fac_jax.activations import stream
 from fac_jax.activations.store import Rows, StoreReader, StoreWriter, complete_store, create_store
-from fac_jax.activations.stream import batch_function, batches
+from fac_jax.activations.stream import batch_function, batches, streams_for
 from fac_jax.errors import UserError
 from tests.activations.tiny_store import WIDTH, manifest
 
@@ -67,21 +67,40 @@ def test_the_rows_are_those_of_the_store(reader: StoreReader) -> None:
     assert rows.resid.dtype == ml_dtypes.bfloat16 and rows.resid.shape == (300, WIDTH)
 
 
-def test_any_number_of_hosts_gets_the_same_global_batch(reader: StoreReader) -> None:
-    whole = batch_function(reader, 120, seed=0, streams=4)
-    for hosts in (2, 4):
-        shares = [batch_function(reader, 120, seed=0, streams=4, host=h, hosts=hosts) for h in range(hosts)]
+@pytest.mark.parametrize("spans", [[(0, 60), (60, 120)], [(0, 15), (15, 100), (100, 120)], [(0, 120)], [(40, 41)]])
+@pytest.mark.parametrize("streams", [1, 4, 12])
+def test_hosts_read_their_rows_of_the_same_batch(
+    spans: list[tuple[int, int]], streams: int, reader: StoreReader
+) -> None:
+    whole = batch_function(reader, 120, seed=0, streams=streams)
+    for start, stop in spans:
+        share = batch_function(reader, 120, seed=0, streams=streams, spans=[(start, stop)])
         for step in (0, 5, 30):
-            tokens = np.concatenate([share(step).token for share in shares])
-            assert len(tokens) == 120
-            np.testing.assert_array_equal(np.sort(tokens), np.sort(whole(step).token))
+            assert same(share(step), whole(step).span(start, stop))
+    parted = batch_function(reader, 120, seed=0, streams=streams, spans=[(0, 20), (50, 70)])(7)
+    assert same(parted, whole(7).take(np.r_[0:20, 50:70]))
+
+
+def test_a_host_reads_only_the_streams_of_its_rows(reader: StoreReader, monkeypatch: pytest.MonkeyPatch) -> None:
+    read: set[int] = set()
+    read_blocks = reader.read_blocks
+    monkeypatch.setattr(reader, "read_blocks", lambda blocks: (read.update(map(int, blocks)), read_blocks(blocks))[1])
+    for start, stop in ((0, 60), (60, 120)):
+        before, read = read, set()
+        share = batch_function(reader, 120, seed=0, streams=2, spans=[(start, stop)])
+        for step in range(3):
+            share(step)
+        assert read and not before & read
+
+
+def test_streams_fit_the_store_and_the_batch(reader: StoreReader) -> None:
+    assert [streams_for(reader, 120, most) for most in (1, 8, 13, 100)] == [1, 8, 12, 12]
+    assert streams_for(reader, 121, 10) == 1
 
 
 def test_sizes_that_do_not_fit(reader: StoreReader) -> None:
     with pytest.raises(UserError, match="batch_rows 100 must be a multiple of streams 8"):
         batches(reader, 100, 0, streams=8)
-    with pytest.raises(UserError, match="of streams 4, and that of hosts 3"):
-        batches(reader, 100, 0, streams=4, hosts=3)
     with pytest.raises(UserError, match="has 14 blocks, fewer than 50 streams"):
         batches(reader, 100, 0, streams=50)
 

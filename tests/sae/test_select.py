@@ -80,6 +80,6 @@ def test_threshold_of_a_batch_is_the_nk_th_value(k: int, mesh: Mesh) -> None:
 
 def test_cpu_selects_in_what_it_multiplies(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Path, "read_text", lambda self, encoding: "flags : fpu avx512f avx512_bf16 gfni")
-    assert selecting_dtype() == "bfloat16"
+    assert selecting_dtype("cpu") == "bfloat16"
     monkeypatch.setattr(Path, "read_text", lambda self, encoding: "flags : fpu avx512f")
-    assert selecting_dtype() == "float32"
+    assert selecting_dtype("cpu") == "float32"

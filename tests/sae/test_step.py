@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh
 
-from fac_jax.config import SaeConfig, TrainConfig
+from fac_jax.config import MeshConfig, SaeConfig, TrainConfig
 from fac_jax.errors import UserError
-from fac_jax.mesh import DATA, FEATURE, sharding
+from fac_jax.mesh import DATA, FEATURE, make_mesh, sharding
 from fac_jax.sae import dense
 from fac_jax.sae.model import SAE, encode
 from fac_jax.sae.problem import Problem, decoding_plan, k_at, k_widths, learning_rate_at, pose
@@ -164,22 +164,56 @@ def test_a_whole_anneal_compiles_once(schedule: str, activation: str, mesh_1x1: 
     assert step._cache_size() == 1  # type: ignore[attr-defined]
 
 
-def test_meshes_agree_over_twenty_steps(mesh_1x1: Mesh, mesh_2x4: Mesh) -> None:
-    problem = pose(SMALL, QUICK, 16, 37.0)
-    (state, alone), (state_2x4, shared) = run(problem, mesh_1x1, 20), run(problem, mesh_2x4, 20)
-    assert max(m.dead_features for m in alone) > 0, "the auxiliary loss was never used"
-    for one, other in zip(alone, shared, strict=True):
+@pytest.fixture(scope="module")
+def alone(mesh_1x1: Mesh) -> tuple[TrainState, list[Metrics]]:
+    """Twenty steps on one device."""
+    return run(pose(SMALL, QUICK, 16, 37.0), mesh_1x1, 20)
+
+
+@pytest.mark.parametrize("shard_optimizer", [False, True])
+@pytest.mark.parametrize("shape", ["2x4", "8x1", "1x8"])
+def test_meshes_agree_over_twenty_steps(
+    shape: str, shard_optimizer: bool, alone: tuple[TrainState, list[Metrics]]
+) -> None:
+    mesh = make_mesh(MeshConfig(*map(int, shape.split("x"))))
+    state, shared = run(pose(SMALL, replace(QUICK, shard_optimizer=shard_optimizer), 16, 37.0), mesh, 20)
+    assert max(m.dead_features for m in alone[1]) > 0, "the auxiliary loss was never used"
+    for one, other in zip(alone[1], shared, strict=True):
         np.testing.assert_allclose(np.asarray(other), np.asarray(one), rtol=2e-5, atol=2e-5)
-    np.testing.assert_allclose(state_2x4.params["w_fd"], state.params["w_fd"], rtol=1e-4, atol=1e-4)
-    assert alone[-1].loss < 0.6 * alone[9].loss + 0.4 * alone[0].loss
+    for (path, leaf), want in zip(jax.tree.leaves_with_path(state), jax.tree.leaves(alone[0]), strict=True):
+        np.testing.assert_allclose(leaf, want, rtol=1e-4, atol=1e-4, err_msg=jax.tree_util.keystr(path))
+    assert shared[-1].loss < 0.6 * shared[9].loss + 0.4 * shared[0].loss
 
 
-def test_every_leaf_is_sharded(mesh_2x4: Mesh) -> None:
-    state, _ = run(pose(SMALL, QUICK, 16, 37.0), mesh_2x4, 20)
-    adam = state.optimizer[0]
-    for w_fd in (state.params["w_fd"], adam.mu["w_fd"], adam.nu["w_fd"]):
-        assert w_fd.sharding.spec[0] == FEATURE and w_fd.addressable_shards[0].data.shape == (16, 16)
-    assert state.silent_f.addressable_shards[0].data.shape == (16,)
+@pytest.mark.parametrize("shard_optimizer", [False, True])
+@pytest.mark.parametrize("steps", [0, 2])
+def test_every_leaf_is_sharded(steps: int, shard_optimizer: bool, mesh_2x4: Mesh) -> None:
+    """All leaves of an untied JumpReLU SAE with Adam, as they are born and after steps: none is larger than need be."""
+    problem = pose(replace(KINDS["jumprelu"], tied=False), replace(QUICK, shard_optimizer=shard_optimizer), 16, 37.0)
+    state = run(problem, mesh_2x4, steps)[0]
+    moments = (FEATURE, DATA) if shard_optimizer else FEATURE
+    wanted = {"params": FEATURE, "silent_f": FEATURE, "optimizer": moments}
+    seen = set()
+    for path, leaf in jax.tree.leaves_with_path(state):
+        first, name = (jax.tree_util.keystr(path[i : i + 1 or None], simple=True) for i in (0, -1))
+        whole = name in ("step", "threshold", "count", "b_dec_d")
+        spec = () if whole else (wanted[first], None)[: leaf.ndim]
+        assert leaf.sharding.is_equivalent_to(sharding(mesh_2x4, *spec), leaf.ndim), jax.tree_util.keystr(path)
+        seen.add((first, name))
+    parameters = {"w_fd", "w_enc_fd", "b_enc_f", "b_dec_d", "log_threshold_f"}
+    assert {(part, name) for part in ("params", "optimizer") for name in parameters} <= seen
+
+
+@pytest.mark.parametrize("shard_optimizer", [False, True])
+def test_no_device_ever_holds_w(shard_optimizer: bool, mesh_2x4: Mesh) -> None:
+    """Neither the program that makes the state nor the step has an array as large as W on a device."""
+    problem = pose(SMALL, replace(QUICK, shard_optimizer=shard_optimizer), 16, 37.0)
+    born = jax.jit(lambda: init_state(problem, np.zeros(16), 0, mesh_2x4)).lower()
+    batch = jax.device_put(rows(0), sharding(mesh_2x4, DATA))
+    step = make_train_step(problem, mesh_2x4).lower(init_state(problem, np.zeros(16), 0, mesh_2x4), batch)  # type: ignore[attr-defined]
+    for program in (born, step):
+        text = program.compile().as_text()
+        assert "f32[16,16]" in text and "[64,16]" not in text and "[16,64]" not in text
 
 
 def test_only_kept_values_cross_feature_shards(mesh_2x4: Mesh) -> None:
@@ -306,6 +340,9 @@ def test_impossible_problems(change: dict[str, float], message: str) -> None:
 def test_features_that_cannot_be_shared(mesh_2x4: Mesh) -> None:
     problem = pose(replace(SMALL, features=66), QUICK, 16, 1.0)
     with pytest.raises(UserError, match="sae.features 66 cannot be shared equally by 4 shards"):
+        init_state(problem, np.zeros(16), 0, mesh_2x4)
+    problem = pose(replace(SMALL, features=68), replace(QUICK, shard_optimizer=True), 16, 1.0)
+    with pytest.raises(UserError, match="sae.features 68 cannot be shared equally by 8 devices: set train.shard_opt"):
         init_state(problem, np.zeros(16), 0, mesh_2x4)
 
 

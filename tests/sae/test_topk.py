@@ -7,7 +7,9 @@ import pytest
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
-from fac_jax.mesh import DATA, FEATURE
+from fac_jax.config import MeshConfig
+from fac_jax.mesh import DATA, FEATURE, make_mesh
+from fac_jax.sae import topk
 from fac_jax.sae.topk import top_k, winners
 
 
@@ -50,20 +52,39 @@ def test_groups_are_used_where_they_pay() -> None:
     assert not [line for line in text.splitlines() if "chlo.top_k" in line and "2x65536xf32" in line]
 
 
+@pytest.fixture(params=["2x4", "1x8", "1x8 in two levels"])
+def sharded(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Mesh:
+    """Meshes of 4 and 8 feature shards; in two levels, 8 shards gather as 4 groups of 2."""
+    shape, *levels = request.param.split(maxsplit=1)
+    if levels:
+        monkeypatch.setattr(topk, "TWO_LEVELS", 8)
+    return make_mesh(MeshConfig(*map(int, shape.split("x"))))
+
+
 @pytest.mark.parametrize("kind", ["plain", "ties", "equal", "skew"])
-def test_winners_are_the_global_top_k(kind: str, mesh_2x4: Mesh) -> None:
+def test_winners_are_the_global_top_k(kind: str, sharded: Mesh) -> None:
     x_bf, k_max = rows(kind, 4, 64), 12
 
     @jax.jit
     def kept(x_bf: jax.Array, k: jax.Array) -> jax.Array:
         def core(x_bf: jax.Array, k: jax.Array) -> jax.Array:
-            val_bk, idx_bk = jax.lax.top_k(x_bf, k_max)
-            keep_bk = jnp.arange(k_max) < winners(val_bk, k, k_max, (FEATURE,))[:, None]
+            val_bk, idx_bk = jax.lax.top_k(x_bf, min(k_max, x_bf.shape[1]))
+            keep_bk = jnp.arange(val_bk.shape[1]) < winners(val_bk, k, k_max, (FEATURE,))[:, None]
             return jnp.zeros(x_bf.shape, bool).at[jnp.arange(len(x_bf))[:, None], idx_bk].set(keep_bk)
 
-        return jax.shard_map(core, mesh=mesh_2x4, in_specs=(P(DATA, FEATURE), P()), out_specs=P(DATA, FEATURE))(x_bf, k)
+        return jax.shard_map(core, mesh=sharded, in_specs=(P(DATA, FEATURE), P()), out_specs=P(DATA, FEATURE))(x_bf, k)
 
     for k in (1, 5, k_max):
         expected = np.zeros(x_bf.shape, bool)
         np.put_along_axis(expected, np.asarray(jax.lax.top_k(x_bf, k)[1]), True, axis=1)
         np.testing.assert_array_equal(kept(x_bf, jnp.int32(k)), expected)
+
+
+@pytest.mark.parametrize("kind", ["ties", "skew"])
+def test_two_levels_equal_lax_top_k(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(topk, "TWO_LEVELS", 8)
+    x_bf, mesh = rows(kind, 4, 1024), make_mesh(MeshConfig(1, 8))
+    text = jax.jit(top_k, static_argnums=(1, 2)).lower(x_bf, 20, mesh).as_text()
+    assert "4x40xf32" in text and "4x160xf32" not in text  # lists of 2 shards, never of 8
+    for got, want in zip(jax.jit(top_k, static_argnums=(1, 2))(x_bf, 20, mesh), jax.lax.top_k(x_bf, 20), strict=True):
+        np.testing.assert_array_equal(got, want)

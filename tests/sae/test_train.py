@@ -13,13 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import ml_dtypes
 import numpy as np
 import pytest
 from jax.sharding import Mesh
 
-from fac_jax.activations.manifest import Manifest
-from fac_jax.activations.store import Rows, StoreWriter, complete_store, create_store
+from fac_jax.activations.store import Rows
 from fac_jax.activations.stream import batches
 from fac_jax.config import BackboneConfig, Config, MeshConfig, SaeConfig, SweepConfig, TrainConfig
 from fac_jax.errors import UserError
@@ -29,24 +27,11 @@ from fac_jax.sae.fit import Fitted, Member, fit, to_device
 from fac_jax.sae.problem import Problem, pose
 from fac_jax.sae.step import TrainState
 from fac_jax.sae.train import sweep, train
+from tests.sae.tiny_store import WIDTH, make_store, rows_of
 
-WIDTH = 16
 SETTINGS = TrainConfig(
     steps=14, batch_rows=32, k_start=8, anneal_steps=8, dead_after_rows=100, aux_k=8, log_every=3, checkpoint_every=4
 )
-
-
-def rows_of(step: int, b: int = 32) -> Rows:
-    rng = np.random.default_rng(step)
-    basis = np.random.default_rng(99).standard_normal((24, WIDTH))
-    x_bd = (rng.random((b, 24)) < 0.2) * rng.exponential(size=(b, 24)) @ basis * 3 + 1
-    ids = np.arange(b)
-    return Rows(
-        x_bd.astype(ml_dtypes.bfloat16),
-        (ids // 4 + 1000 * step).astype(np.uint64),
-        ids.astype(np.int32),
-        ids.astype(np.int32),
-    )
 
 
 def rows_from(step: int) -> Iterator[tuple[int, Rows]]:
@@ -188,20 +173,7 @@ def test_official_weights_make_sequences_equal(mesh_1x1: Mesh) -> None:
 
 @pytest.fixture(scope="module")
 def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A real store, 1,000 rows, a quarter of them held out."""
-    path = tmp_path_factory.mktemp("store")
-    described = Manifest(
-        model="tiny", model_digest="0123", layer=3, d_model=WIDTH, compute_dtype="float32", tokenizer_digest="t",
-        corpus_digest="c", shard_rows=256, seed=0, writers=1,
-    )  # fmt: skip
-    create_store(path, described)
-    with StoreWriter(path, described, "p0000") as writer:
-        for batch in range(4):
-            rows = rows_of(batch, 250)
-            writer.append(batch, {}, rows, rows.doc % 4 == 3)
-        writer.finish({})
-    complete_store(path, ["p0000"])
-    return path
+    return make_store(tmp_path_factory.mktemp("store"))
 
 
 def config(**changes: object) -> Config:
