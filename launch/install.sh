@@ -53,3 +53,15 @@ fac_install_peers() {
     echo "$wanted" > "$peers/installed"
   fi
 }
+
+# The TPU compiler, which needs no TPU, in a folder of its own, .venv/libtpu: beside jax it would greet every start on a CPU.
+fac_install_libtpu() {
+  local wanted="libtpu==0.0.42.*"
+  LIBTPU_PATH="$ROOT/.venv/libtpu"
+  if [ "$(cat "$LIBTPU_PATH/installed" 2>/dev/null)" != "$wanted" ]; then
+    echo "installing the TPU compiler into .venv/libtpu" >&2
+    rm -rf "$LIBTPU_PATH"
+    "$ROOT/.venv/bin/python" -m pip install --quiet --disable-pip-version-check --no-deps --target "$LIBTPU_PATH" "$wanted"
+    echo "$wanted" > "$LIBTPU_PATH/installed"
+  fi
+}

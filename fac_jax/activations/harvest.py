@@ -12,9 +12,11 @@ each harvests every n-th document on its own devices and writes shards of its ow
 from __future__ import annotations
 
 import logging
+import math
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -24,12 +26,13 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 from jax.experimental import multihost_utils
+from jax.sharding import Mesh
 from jaxtyping import Array, BFloat16
 
 from fac_jax.activations.manifest import Manifest, Totals
 from fac_jax.activations.store import Rows, StoreWriter, complete_store, create_store, finished_counts
 from fac_jax.backbone.weights import Loaded, load_backbone
-from fac_jax.config import Config
+from fac_jax.config import Config, MeshConfig
 from fac_jax.errors import UserError
 from fac_jax.mesh import make_mesh
 from fac_jax.packing import PackedBatch, encode, pack
@@ -47,7 +50,7 @@ def harvest(config: Config, out: Path, inputs: Mapping[str, Path]) -> dict[str, 
     """
     del inputs
     index, count = jax.process_index(), jax.process_count()
-    mesh = make_mesh(config.mesh, jax.local_devices())  # with several processes, each on its own devices
+    mesh = harvest_mesh(config.mesh, jax.local_devices())
     loaded = load_backbone(config.backbone.model, config.backbone.layer, config.backbone.dtype, mesh)
     manifest = describe(config, loaded, writers=count)
     if index == 0:
@@ -61,6 +64,16 @@ def harvest(config: Config, out: Path, inputs: Mapping[str, Path]) -> dict[str, 
     totals = complete_store(out, [writer_name(i) for i in range(count)]) if index == 0 else None
     _wait_for_all("harvest: complete")
     return _summary(config, out, totals, tokens, seconds) if totals is not None else {}
+
+
+def harvest_mesh(config: MeshConfig, devices: Sequence[jax.Device]) -> Mesh:
+    """The mesh of one process's devices, which harvests by itself.
+
+    With several processes `mesh.feature` may be more than one has: it then splits the model over all of its own.
+    """
+    if config.coordinator is None:
+        return make_mesh(config, devices)
+    return make_mesh(replace(config, data=None, feature=math.gcd(config.feature, len(devices))), devices)
 
 
 def describe(config: Config, loaded: Loaded, writers: int) -> Manifest:

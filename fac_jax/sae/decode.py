@@ -77,9 +77,9 @@ def _backward(
     of_live, of_dead = given
     gradient = jax.tree.map(jnp.zeros_like, weights)
     if live is not None and of_live is not None:
-        gradient = _add_gradient(live_way, weights, x_bd, live, acts_bk, of_live, gradient)
+        gradient = _add_gradient(live_way, weights, x_bd, live, acts_bk, of_live.sum_bpd, gradient)
     if dead is not None and of_dead is not None:
-        more = partial(_add_gradient, dead_way, weights, x_bd, dead, dead_acts_bk, of_dead)
+        more = partial(_add_gradient, dead_way, weights, x_bd, dead, dead_acts_bk, of_dead.sum_bpd)
         gradient = jax.lax.cond(any_dead, more, lambda same: same, gradient)
     return gradient, None, None, None, None
 
@@ -100,15 +100,14 @@ def _decode(way: Way, weights: Weights, x_bd: Array, chosen: Selected) -> Decode
 
 
 def _add_gradient(
-    way: Way, weights: Weights, x_bd: Array, chosen: Selected, acts_bk: Array, given: Decoded, gradient: Weights
+    way: Way, weights: Weights, x_bd: Array, chosen: Selected, acts_bk: Array, given_bpd: Array, gradient: Weights
 ) -> Weights:
     if way.dense:
-        return add_all_gradient(gradient, weights, x_bd, chosen, acts_bk, given, way.dtype)
+        return add_all_gradient(gradient, weights, x_bd, chosen, acts_bk, given_bpd, way.dtype)
 
     def rows(width: int) -> Weights:
-        part = _leading((chosen, acts_bk, given.acts_bk), width)
-        of_rows = given._replace(acts_bk=part[2])
-        return add_rows_gradient(gradient, weights, x_bd, part[0], part[1], of_rows, way.platform)
+        few, acts_bw = _leading((chosen, acts_bk), width)
+        return add_rows_gradient(gradient, weights, x_bd, few, acts_bw, given_bpd, way.platform)
 
     return _narrowed(way, chosen, rows)
 

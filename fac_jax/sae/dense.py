@@ -55,7 +55,7 @@ class Jumped(NamedTuple):
 def decode_all(weights: Weights, x_bd: Float[Array, "b d"], chosen: Selected, dtype: str) -> Decoded:
     """`sparse.decode_rows` through all features, in one group; the activations are the values that selected."""
     acts_bk = jnp.where(chosen.kept_bk, jax.nn.relu(chosen.val_bk), 0)
-    sum_bd = _product("bf,fd->bd", _spread(acts_bk, chosen, len(weights.w_fd)), weights.w_fd, dtype)
+    sum_bd = _product("bf,fd->bd", _spread(acts_bk, chosen, len(weights.w_fd), dtype), weights.w_fd, dtype)
     return Decoded(acts_bk, sum_bd[:, None])
 
 
@@ -65,13 +65,13 @@ def add_all_gradient(
     x_bd: Float[Array, "b d"],
     chosen: Selected,
     acts_bk: Array,
-    given: Decoded,
+    given_bpd: Float[Array, "b p d"],
     dtype: str,
 ) -> Weights:
-    """`gradient`, and what `decode_all` adds to it where `given` is the gradient of its result."""
-    g_bd = given.sum_bpd[:, 0]
-    acts_bf = _spread(acts_bk, chosen, len(weights.w_fd))
-    v_bf = _product("bd,fd->bf", g_bd, weights.w_fd, dtype) + _spread(given.acts_bk, chosen, len(weights.w_fd))
+    """`gradient`, and what `decode_all` adds to it where `given_bpd` is the gradient of its sum."""
+    g_bd = given_bpd[:, 0]
+    acts_bf = _spread(acts_bk, chosen, len(weights.w_fd), dtype)
+    v_bf = _product("bd,fd->bf", g_bd, weights.w_fd, dtype)
     more = _gradient(dtype, weights, x_bd, acts_bf, jnp.where(acts_bf > 0, v_bf, 0), g_bd)
     return jax.tree.map(jnp.add, gradient, more)
 
@@ -119,10 +119,10 @@ def _gradient(dtype: str, weights: Weights, x_bd: Array, acts_bf: Array, v_bf: A
     )
 
 
-def _spread(values_bk: Array, chosen: Selected, features: int) -> Array:
-    """Values of selected features as [b, features], 0 elsewhere."""
+def _spread(values_bk: Array, chosen: Selected, features: int, dtype: str) -> Array:
+    """Values of selected features as [b, features], 0 elsewhere, in the type that the matmuls take."""
     rows_b1 = jnp.arange(len(values_bk))[:, None]
-    return jnp.zeros((len(values_bk), features)).at[rows_b1, chosen.idx_bk].add(values_bk)
+    return jnp.zeros((len(values_bk), features), dtype).at[rows_b1, chosen.idx_bk].add(values_bk.astype(dtype))
 
 
 def _product(spec: str, a: Array, b: Array, dtype: str) -> Array:

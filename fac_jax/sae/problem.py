@@ -112,10 +112,15 @@ def k_at(step: Int[Array, ""] | int, problem: Problem) -> Int[Array, ""]:
 
 
 def k_widths(problem: Problem) -> list[int]:
-    """Static widths that the values of K fall into: K, 2K, 4K, ... up to the first K of the schedule."""
+    """Static widths that the values of K fall into: K, 2K, 4K, ... up to the first K of the schedule.
+
+    On a TPU only K and the first, because each is a branch of the program, and those take a minute to compile.
+    """
     most = max(problem.sae.k, problem.anneal[0])
     if problem.sae.activation == "jumprelu":
         return [most]
+    if problem.platform == "tpu":
+        return list(dict.fromkeys((problem.sae.k, most)))
     return [width for i in range(32) if (width := problem.sae.k << i) < most] + [most]
 
 

@@ -2,7 +2,8 @@
 
 Features are chosen without a gradient (`select.py`), and all else is made from the few rows of W that were chosen
 (`sparse.py`) or, where those are many, through all of them (`dense.py`). Rows of the batch are split over the mesh's
-`data` axis and features over its `feature` axis; what crosses feature shards is kept values and partial sums.
+`data` axis and features over its `feature` axis; what crosses feature shards is kept values and partial sums. These are
+scattered: a feature shard gets its share of the rows' reconstructions, so that what is done with them is split as well.
 """
 
 from __future__ import annotations
@@ -97,6 +98,7 @@ def reconstruct(
     dead_f = dead.dead_f if dead else jnp.zeros(sae.w_fd.shape[0], bool)
     # An axis of one device is not named: a sum over it would still copy what it sums, the gradient of W among it.
     rows, features = (P(axis) if mesh.shape[axis] > 1 else P() for axis in (DATA, FEATURE))
+    scattered = row_spec(mesh, len(x_bd))
     optional = (sae.w_enc_fd, sae.threshold_f)
     w_enc_fd, threshold_f = (None if parameter is None else parameter[...] for parameter in optional)
     weights = Weights(sae.w_fd[...], w_enc_fd, sae.b_enc_f[...], sae.b_dec_d[...])
@@ -105,9 +107,15 @@ def reconstruct(
         core,
         mesh=mesh,
         in_specs=(spread, None if threshold_f is None else features, rows, rows, P(), features, P()),
-        out_specs=Reconstruction(rows, rows, features, rows, P(), P()),
+        out_specs=Reconstruction(scattered, scattered, features, rows, P(), P()),
     )
     return sharded(weights, threshold_f, x_bd, counted_b, jnp.asarray(k, jnp.int32), dead_f, dead_f.any())
+
+
+def row_spec(mesh: Mesh, rows: int) -> P:
+    """How the rows of a reconstruction are split: over all devices, or over `data` only where those cannot share."""
+    axes = sum(_axes(mesh), ())
+    return P(axes) if rows % mesh.size == 0 and axes else P(_axes(mesh)[0])
 
 
 class Chosen(NamedTuple):
@@ -162,12 +170,20 @@ def _reconstruct_shard(
         assert found is not None
         sum_bpd, l0_b = found.sum_bpd, (found.acts_bk > 0).sum(axis=1).astype(jnp.float32)
         active_f = _count(found, chosen.live, counted_b, features, mesh)
-    x_hat_bpd = jnp.cumsum(jax.lax.psum(sum_bpd, over_features), axis=1) + b_dec_d
+
+    def total(sum_b: Array) -> Array:
+        """Over all features; of this shard's share of the rows where they can be shared."""
+        if not over_features or len(sum_b) % mesh.shape[FEATURE]:
+            return jax.lax.psum(sum_b, over_features)
+        return jax.lax.psum_scatter(sum_b, FEATURE, scatter_dimension=0, tiled=True)
+
+    x_hat_bpd = jnp.cumsum(total(sum_bpd), axis=1) + b_dec_d
+    dead_hat_bd = nothing_bd = jnp.zeros_like(x_hat_bpd[:, 0])
+    if revived is not None:  # nothing crosses shards where nobody is dead
+        dead_hat_bd = jax.lax.cond(any_dead, total, lambda _: nothing_bd, revived.sum_bpd[:, 0])
     return Reconstruction(
         x_hat_bpd=x_hat_bpd,
-        dead_hat_bd=(
-            jnp.zeros_like(x_hat_bpd[:, 0]) if revived is None else jax.lax.psum(revived.sum_bpd[:, 0], over_features)
-        ),
+        dead_hat_bd=dead_hat_bd,
         active_f=jax.lax.psum(active_f, over_data),
         l0_b=jax.lax.psum(l0_b, over_features),
         threshold=chosen.threshold,
@@ -188,7 +204,8 @@ def _choose(
     """Which features of this shard each row is decoded from."""
     over_data, over_features = _axes(mesh)
     features = len(weights.b_enc_f)
-    best = partial(select, weights.encoder_fd, weights.b_enc_f, x_bd - weights.b_dec_d, choice.dtype)
+    encoder_fd, centred_bd = weights.encoder_fd, x_bd - weights.b_dec_d
+    best = partial(select, encoder_fd, weights.b_enc_f, centred_bd, choice.dtype, platform=choice.platform)
 
     def of_all_shards(found: Best, k: Array | int, k_max: int) -> Selected:
         wins_b = winners(found.val_bk, k, k_max, over_features)

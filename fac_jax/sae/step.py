@@ -37,7 +37,7 @@ from fac_jax.errors import UserError
 from fac_jax.mesh import DATA, FEATURE, sharding
 from fac_jax.sae.model import SAE
 from fac_jax.sae.problem import Problem, k_at, k_widths, learning_rate_at, make_optimizer
-from fac_jax.sae.reconstruct import Dead, reconstruct
+from fac_jax.sae.reconstruct import Dead, reconstruct, row_spec
 from fac_jax.sae.select import HIGHEST
 
 Params = dict[str, Array]
@@ -227,6 +227,9 @@ def loss_and_metrics(
         trained(params), x_bd, counted_b, k, choice=problem.choice(k_max), mesh=mesh,
         dead=Dead(dead_f, problem.aux_k) if aux_on else None,
     )  # fmt: skip
+    # From the batch again and not from the scaled rows, which would then be gathered for the reconstruction.
+    shared = NamedSharding(mesh, row_spec(mesh, len(x_bd)))
+    x_bd = jax.lax.with_sharding_constraint(batch.x_bd, shared).astype(jnp.float32) * problem.scale
     error_bpd = x_bd[:, None] - found.x_hat_bpd
     error_bd = error_bpd[:, -1]
     error_bp = jnp.mean(error_bpd**2, axis=2) / jnp.where(counted_b, square_b, 1)[:, None]

@@ -38,7 +38,7 @@ def arrays() -> Arrays:
 @pytest.mark.parametrize("k", [1, 7, 16, F])
 def test_tiles_change_nothing(tile_features: int, k: int, arrays: Arrays, monkeypatch: pytest.MonkeyPatch) -> None:
     """Values and indices are lax.top_k's, ties included, with and without a mask, however the features are cut."""
-    monkeypatch.setattr(module, "TILE_ELEMENTS", tile_features * B)
+    monkeypatch.setattr(module, "TILE_ELEMENTS", {"cpu": tile_features * B})
     mask_f = jnp.asarray(np.random.default_rng(3).random(F) < 0.4)
     pre_bf = arrays.centred_bd @ arrays.w_fd.T + arrays.b_enc_f
     found = jax.jit(lambda a: select(*a, "float32", [Among(k), Among(5, mask_f)]))(dataclasses.astuple(arrays))
@@ -50,7 +50,7 @@ def test_tiles_change_nothing(tile_features: int, k: int, arrays: Arrays, monkey
 
 def test_memory_does_not_grow_with_the_width(monkeypatch: pytest.MonkeyPatch) -> None:
     """Eight times the features, the same temporaries: [batch, features] never exists."""
-    monkeypatch.setattr(module, "TILE_ELEMENTS", 64 * 1024)
+    monkeypatch.setattr(module, "TILE_ELEMENTS", {"cpu": 64 * 1024})
 
     def temporary_bytes(features: int) -> int:
         like = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((features, 32), (features,), (64, 32))]
@@ -59,7 +59,7 @@ def test_memory_does_not_grow_with_the_width(monkeypatch: pytest.MonkeyPatch) ->
 
     narrow, wide = temporary_bytes(4096), temporary_bytes(32768)
     assert wide - narrow < 0.1 * 64 * 32768 * 4, (narrow, wide)
-    monkeypatch.setattr(module, "TILE_ELEMENTS", 2**40)
+    monkeypatch.setattr(module, "TILE_ELEMENTS", {"cpu": 2**40})
     assert temporary_bytes(32768) > 64 * 32768 * 4, "untiled, the same call holds all pre-activations"
 
 
