@@ -14,7 +14,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+import math
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -23,22 +26,22 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
-from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from jaxtyping import Array, UInt32
 from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, LatestN, PreservationPolicy
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
 
+from fac_jax.distributed import is_first, wait_for_all
 from fac_jax.errors import UserError, first_line
 from fac_jax.mesh import FEATURE, sharding
 from fac_jax.plain import from_plain, to_plain
-from fac_jax.runs import write_text, writing
+from fac_jax.runs import write_text
 from fac_jax.sae.formats.source import check_k, locate, read_foreign
 from fac_jax.sae.model import SAE
 
 State = TypeVar("State")
 FORMAT = 2
+BLOCK_BYTES = 2**26  # of a tensor, hashed at a time
 UNKNOWN_K = 2**31
 """K of a checkpoint that was not measured: any that was measured is better."""
 # name in the file -> attribute of SAE; the last two are not in every file
@@ -96,21 +99,50 @@ class LoadedSae:
 
 
 def save_sae(folder: Path, sae: SAE, card: Mapping[str, Any]) -> SaeCard:
-    """Write sae.safetensors and then config.json; `card` has the fields of `SaeCard` that the arrays do not give."""
-    arrays = {
-        name: np.asarray(multihost_utils.process_allgather(parameter[...], tiled=True))
-        for name, attribute in TENSORS.items()
-        if (parameter := getattr(sae, attribute)) is not None
-    }
-    features, d_model = arrays["W_dec"].shape
-    tensors = {name: _sha256(array) for name, array in arrays.items()}
-    full = SaeCard(format=FORMAT, features=features, d_model=d_model, tensors=tensors, **card)
-    if jax.process_index() == 0:
+    """Write sae.safetensors and then config.json; `card` has the fields of `SaeCard` that the arrays do not give.
+
+    Every process writes the rows that it holds into one file, so nothing is gathered: W need not fit anywhere whole.
+    """
+    parameters = {name: getattr(sae, attribute) for name, attribute in TENSORS.items()}
+    arrays = {name: jnp.asarray(value[...]) for name, value in parameters.items() if value is not None}
+    path, partial_path = folder / "sae.safetensors", folder / ".sae.safetensors.tmp"
+    begins, header = _safetensors_header(arrays)
+    if is_first():
         folder.mkdir(parents=True, exist_ok=True)
-        with writing(folder / "sae.safetensors") as temporary:
-            save_file(arrays, temporary)
+        with open(partial_path, "wb") as file:
+            file.write(header)
+            file.truncate(len(header) + sum(array.nbytes for array in arrays.values()))
+    wait_for_all("sae.safetensors is begun")
+    with open(partial_path, "r+b") as file:
+        for name, array in arrays.items():
+            for shard in array.addressable_shards:
+                if shard.replica_id == 0:
+                    row_bytes = array.nbytes // array.shape[0]
+                    file.seek(begins[name] + (shard.index[0].start or 0) * row_bytes)
+                    file.write(np.ascontiguousarray(shard.data).data)
+        os.fsync(file.fileno())
+    wait_for_all("sae.safetensors is written")
+    if is_first():
+        features, d_model = arrays["W_dec"].shape
+        with safe_open(partial_path, framework="numpy") as file:
+            tensors = {name: _sha256(file, name) for name in arrays}
+        os.replace(partial_path, path)
+        full = SaeCard(format=FORMAT, features=features, d_model=d_model, tensors=tensors, **card)
         write_text(folder / "config.json", json.dumps(to_plain(full), indent=2, allow_nan=False) + "\n")
-    return full
+    wait_for_all("config.json is written")
+    return read_card(folder)
+
+
+def _safetensors_header(arrays: Mapping[str, Array]) -> tuple[dict[str, int], bytes]:
+    """Where each float32 tensor begins in a .safetensors file, and what stands before them all."""
+    described, at = {}, 0
+    for name, array in arrays.items():
+        described[name] = {"dtype": "F32", "shape": list(array.shape), "data_offsets": [at, at + array.nbytes]}
+        at += array.nbytes
+    text = json.dumps(described, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    header = len(text).to_bytes(8, "little") + text
+    return {name: len(header) + value["data_offsets"][0] for name, value in described.items()}, header
 
 
 def load_sae(
@@ -125,7 +157,9 @@ def load_sae(
     Raises UserError when there is none, a file is damaged (the tensor is named), or it was made for another width,
     layer or backbone than is expected. The backbone of an SAE from elsewhere is not known, so it is not checked.
     """
-    card, arrays = read_sae(source)
+    found = locate(source)
+    own = found.form == "fac"  # read by shards; what another program wrote is read whole
+    card, arrays = (read_card(found.path), {}) if own else read_sae(source)
     if expect_d_model not in (None, card.d_model):
         raise UserError(
             f"SAE in {source} reads width {card.d_model}, backbone has {expect_d_model}: "
@@ -146,7 +180,11 @@ def load_sae(
             f"SAE in {source} has {card.features} features, which {mesh.shape[FEATURE]} shards cannot share equally: "
             f"choose a mesh.feature that divides {card.features}"
         )
-    sae = SAE(**{name: jax.device_put(array, sharding(mesh, *SAE.SPECS[name])) for name, array in arrays.items()})
+    if own:
+        placed = _place_tensors(found.path / "sae.safetensors", card, mesh)
+    else:
+        placed = {name: jax.device_put(array, sharding(mesh, *SAE.SPECS[name])) for name, array in arrays.items()}
+    sae = SAE(**placed)
     return LoadedSae(sae, card.features, card.k, card.d_model, card.digest, card.layer, card.model, card.model_digest)
 
 
@@ -160,7 +198,9 @@ def read_sae(source: str | Path, k: int | None = None) -> tuple[SaeCard, dict[st
         foreign = read_foreign(source, k)
         tensors = {name: foreign.arrays[key] for name, key in TENSORS.items() if key in foreign.arrays}
         features, d_model = tensors["W_dec"].shape
-        digests = {name: _sha256(array) for name, array in tensors.items()}
+        digests = {
+            name: hashlib.sha256(np.ascontiguousarray(array).data).hexdigest() for name, array in tensors.items()
+        }
         card = SaeCard(format=FORMAT, features=features, d_model=d_model, tensors=digests, **foreign.card)
         return card, foreign.arrays
     card = read_card(found.path)
@@ -304,11 +344,35 @@ def _say(form: list[Any] | None) -> str:
     return "nothing" if form is None else f"{form[1]} of shape {tuple(form[0])}"
 
 
-def _sha256(array: np.ndarray) -> str:
-    return hashlib.sha256(np.ascontiguousarray(array).tobytes()).hexdigest()
+def _sha256(file: Any, name: str) -> str:
+    """Of a tensor in an open .safetensors file, block by block."""
+    rows, found = file.get_slice(name), hashlib.sha256()
+    count, *rest = rows.get_shape()
+    block = max(1, BLOCK_BYTES // (4 * math.prod(rest)))
+    for start in range(0, count, block):
+        found.update(np.ascontiguousarray(rows[start : min(start + block, count)]).data)
+    return found.hexdigest()
 
 
 def _read_tensors(path: Path, card: SaeCard) -> dict[str, np.ndarray]:
+    with _checked(path, card) as file:
+        return {TENSORS[name]: file.get_tensor(name) for name in card.tensors}
+
+
+def _place_tensors(path: Path, card: SaeCard, mesh: Mesh) -> dict[str, Array]:
+    """Every shard read from the file by itself."""
+
+    def place(file: Any, name: str) -> Array:
+        rows, placement = file.get_slice(name), sharding(mesh, *SAE.SPECS[TENSORS[name]])
+        return jax.make_array_from_callback(tuple(rows.get_shape()), placement, lambda index: rows[index])
+
+    with _checked(path, card) as file:
+        return {TENSORS[name]: place(file, name) for name in card.tensors}
+
+
+@contextmanager
+def _checked(path: Path, card: SaeCard) -> Iterator[Any]:
+    """The file, open, once its shapes and digests are those of the card. Raises UserError when they are not."""
     wide, flat = (card.features, card.d_model), (card.features,)
     shapes = {"W_dec": wide, "b_enc": flat, "b_dec": (card.d_model,), "W_enc": wide, "threshold": flat}
     shapes = {name: shape for name, shape in shapes.items() if name in card.tensors}
@@ -318,12 +382,13 @@ def _read_tensors(path: Path, card: SaeCard) -> dict[str, np.ndarray]:
             there = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}
             if there != shapes:
                 raise UserError(f"{path} holds {there}, its config.json says {shapes}: {remedy}")
-            host = {name: file.get_tensor(name) for name in shapes}
+            for name in shapes:
+                if (found := _sha256(file, name)) != card.tensors[name]:
+                    raise UserError(
+                        f"{path} is damaged: {name} has SHA-256 {found}, not {card.tensors[name]}: {remedy}"
+                    )
+            yield file
     except FileNotFoundError:
         raise UserError(f"{path} is missing: {remedy}") from None
     except (SafetensorError, OSError) as error:
         raise UserError(f"{path} cannot be read ({first_line(error)}): {remedy}") from None
-    for name, array in host.items():
-        if (found := _sha256(array)) != card.tensors[name]:
-            raise UserError(f"{path} is damaged: {name} has SHA-256 {found}, not {card.tensors[name]}: {remedy}")
-    return {TENSORS[name]: array for name, array in host.items()}

@@ -9,9 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import Mesh
+from safetensors.numpy import load_file
 
+from fac_jax.config import MeshConfig
 from fac_jax.errors import UserError
-from fac_jax.mesh import FEATURE, sharding
+from fac_jax.mesh import FEATURE, make_mesh, sharding
+from fac_jax.sae import checkpoint
 from fac_jax.sae.checkpoint import (
     leaf_digests,
     load_sae,
@@ -66,6 +69,44 @@ def test_sae_comes_back(folder: Path, mesh: Mesh) -> None:
     assert sorted(path.name for path in folder.iterdir()) == ["config.json", "sae.safetensors"]
 
 
+def test_shards_are_written_and_read_by_themselves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same file from any mesh, which the safetensors library reads; no slice that is read is the whole of W."""
+    arrays = random_sae()
+    written = set()
+    for data, feature in ((1, 1), (2, 4), (1, 8)):
+        mesh = make_mesh(MeshConfig(data, feature))
+        placed = {
+            name: jax.device_put(getattr(arrays, name)[...], sharding(mesh, *SAE.SPECS[name]))
+            for name in ("w_fd", "b_enc_f", "b_dec_d")
+        }
+        save_sae(tmp_path / f"{feature}", SAE(**placed), CARD)
+        written.add((tmp_path / f"{feature}" / "sae.safetensors").read_bytes())
+    assert len(written) == 1
+    monkeypatch.setattr(checkpoint, "BLOCK_BYTES", 10 * 16 * 4)  # hashed in blocks of 10 rows, the last one short
+    np.testing.assert_array_equal(load_file(tmp_path / "8" / "sae.safetensors")["W_dec"], arrays.w_fd[...])
+    loaded = load_sae(tmp_path / "1", mesh).sae
+    for name in ("w_fd", "b_enc_f", "b_dec_d"):
+        np.testing.assert_array_equal(getattr(loaded, name)[...], getattr(arrays, name)[...])
+    assert loaded.w_fd[...].addressable_shards[3].data.shape == (8, 16)
+
+
+def test_the_best_checkpoint_is_kept_beside_the_newest(tmp_path: Path, mesh_2x4: Mesh) -> None:
+    """Best: the smallest K first, then the smallest fvu; one that was not measured is never best."""
+    measured = {1: (8, 0.1), 2: (4, 0.5), 3: (4, 0.3), 4: (4, 0.4), 5: (4, 0.35)}
+    with open_checkpoints(tmp_path, keep=2, keep_best=1) as checkpoints:
+        for step, (k, fvu) in measured.items():
+            state = random_state(mesh_2x4) | {"step": jax.device_put(jnp.int32(step), sharding(mesh_2x4))}
+            save_state(checkpoints, step, state, k=k, fvu=fvu)
+        save_state(checkpoints, 6, random_state(mesh_2x4))
+        checkpoints.wait_until_finished()
+        assert sorted(checkpoints.all_steps()) == [3, 5, 6]
+        best = restore_state(checkpoints, random_state(mesh_2x4), best=True)
+        assert best is not None and best[0] == 3 and best[1]["step"] == 3
+    with open_checkpoints(tmp_path, keep=2, keep_best=1) as checkpoints:  # another process remembers
+        found = restore_state(checkpoints, random_state(mesh_2x4), best=True)
+        assert found is not None and found[0] == 3
+
+
 def test_digest_tells_weights_and_k(tmp_path: Path, folder: Path) -> None:
     digests = {read_card(folder).digest}
     for name, sae, card in (("other", random_sae(1), CARD), ("k", random_sae(), CARD | {"k": 5})):
@@ -98,7 +139,7 @@ def edit_card(**changes: object) -> Callable[[Path], None]:
         (edit_card(features=128), {}, r"holds .*\(64, 16\).*, its config.json says .*\(128, 16\)"),
         (lambda folder: (folder / "sae.safetensors").unlink(), {}, "sae.safetensors is missing"),
         (lambda folder: (folder / "sae.safetensors").write_bytes(b"x" * 20), {}, "sae.safetensors cannot be read"),
-        (lambda folder: flip(folder / "sae.safetensors", -10), {}, "sae.safetensors is damaged: b_enc has SHA-256"),
+        (lambda folder: flip(folder / "sae.safetensors", -10), {}, "sae.safetensors is damaged: b_dec has SHA-256"),
     ],
 )
 def test_unusable_sae(

@@ -197,6 +197,22 @@ def test_stage_from_store_to_sae(store: Path, tmp_path: Path, mesh_1x1: Mesh) ->
     }
 
 
+def test_the_best_checkpoint_becomes_the_sae(store: Path, tmp_path: Path) -> None:
+    """A rate that ruins what was learned: the last state is worse than the best checkpoint, which is handed out."""
+    settings = {"checkpoint_every": 2, "learning_rate": 0.3, "anneal_steps": 2, "keep_checkpoints": 1}
+    found = {}
+    for finish in ("last", "best"):
+        train(config(finish=finish, **settings), tmp_path / finish, {"activations": store})
+        found[finish] = read_card(tmp_path / finish).metrics["fvu"]
+    lines = [json.loads(line) for line in (tmp_path / "best" / "validation.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [2, 4, 6, 8, 10, 12, 14]
+    best = min(lines, key=lambda line: line["fvu"])
+    assert best["step"] < 14 and found["best"] < found["last"]
+    np.testing.assert_allclose([found["best"], found["last"]], [best["fvu"], lines[-1]["fvu"]], rtol=1e-6)
+    kept = sorted(int(path.name) for path in (tmp_path / "best" / "checkpoints").iterdir())
+    assert kept == [best["step"], 14]
+
+
 @pytest.mark.parametrize("changed", ["layer", "model"])
 def test_store_of_something_else(changed: str, store: Path, tmp_path: Path) -> None:
     other = BackboneConfig(model="tiny", layer=4) if changed == "layer" else BackboneConfig(model="huge", layer=3)
