@@ -128,6 +128,9 @@ def _take_options(rest: list[str], known: dict[str, str]) -> dict[str, str]:
         for index, word in enumerate(rest):
             if word == f"--{name}" or word.startswith(f"--{name}="):
                 _, equals, value = word.partition("=")
+                if name in FLAGS:
+                    found[name] = rest.pop(index)
+                    break
                 if not equals and (index + 1 == len(rest) or rest[index + 1].startswith("--")):
                     raise UserError(f"--{name} needs a value: {known[name]}")
                 found[name] = value if equals else rest.pop(index + 1)
@@ -263,6 +266,15 @@ def _bench(arguments: list[str]) -> int:
     return bench(arguments)
 
 
+def _plan(config: Config, verb: str, options: dict[str, str]) -> None:
+    """What training and harvest would take on machines that are not here."""
+    if "topology" not in options:
+        raise UserError("fac plan needs --topology CHIP:SHAPE, such as v5e:4x4, v5p:4x4x4 or h100:16")
+    from fac_jax.scale.plan import run
+
+    run(config, options)
+
+
 def _doctor(config: Config, verb: str, options: dict[str, str]) -> None:
     """What this machine offers and what the config needs from it."""
     from fac_jax.doctor import checks
@@ -311,6 +323,10 @@ VERBS = {
         *(("backbone",), _convert, False),
     ),
     "bench": Verb("`fac bench sae`: the training step beside published ones, on this machine", (), None, False),
+    "plan": Verb(
+        "what training and harvest would take on a pod that is not here: memory, time, network (predicted)",
+        *(("mesh", "backbone", "harvest", "sae", "train"), _plan),
+    ),
     "doctor": Verb("what this machine offers, and whether the config can run on it", _ALL, _doctor, needs_config=False),
 }
 
@@ -327,6 +343,20 @@ OPTIONS["convert"] = {
     "format": "fac|sae_lens: with --sae, what to write (default: fac, which --scan.sae reads; it reads the others too)",
     "k": "K: with --sae, another number of features that a token keeps (a .pth file may hold that of mid-training)",
 }
+OPTIONS["plan"].update(
+    {
+        "topology": (
+            "CHIP:SHAPE: v5e:4x4, v5p:4x4x4 (64 chips), v6e:8x8, tpu7x:2x2x1 or h100:16; libtpu compiles for TPUs, "
+            "where it is installed (bash launch/plan.sh does it)"
+        ),
+        "slices": "N: so many TPU slices of that shape, joined by the slower network (default: 1)",
+        "search": "try all meshes and several batch sizes, and plan the fastest that fits",
+        "tokens": "N: the budget that days are for (default: train.steps x train.batch_rows, and harvest.tokens)",
+        "out": "FILE: a JSON file to write",
+    }
+)
+FLAGS = ("search",)
+"""Options that take no value."""
 
 
 if __name__ == "__main__":

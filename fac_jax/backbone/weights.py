@@ -17,6 +17,7 @@ import ml_dtypes
 import numpy as np
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding
+from jax.stages import Lowered, Wrapped
 from jaxtyping import Array, Float
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
@@ -70,11 +71,12 @@ class Loaded:
 
     def residual_fn(self, layer: int) -> Callable[[Any, Any, Any], Float[Array, "b t d"]]:
         """Compiled `residual` at `layer`: tokens, segments, positions (int32 [b, t]) -> residual, rows over `data`."""
+        return self._jit(("residual", layer), _residual_at(layer), (sharding(self.mesh, DATA, None),) * 3)
 
-        def compute(model: Backbone, tokens_bt: Array, segments_bt: Array, positions_bt: Array) -> Array:
-            return residual(model, tokens_bt, segments_bt, positions_bt, layer)
-
-        return self._jit(("residual", layer), compute, (sharding(self.mesh, DATA, None),) * 3)
+    def lower_residual(self, layer: int, rows: int, tokens: int) -> Lowered:
+        """The program of `residual_fn` for [rows, tokens], not compiled; parameters may be shapes without values."""
+        program, state = self._program(_residual_at(layer), (sharding(self.mesh, DATA, None),) * 3)
+        return program.lower(state, *(jax.ShapeDtypeStruct((rows, tokens), np.int32),) * 3)
 
     def logits_fn(self) -> Callable[[Any], Float[Array, "b t v"]]:
         """Compiled `logits`: residual at n_layers [b, t, d] -> logits, rows over `data`."""
@@ -89,13 +91,7 @@ class Loaded:
     def _jit(self, key: Any, compute: Callable[..., Array], inputs: tuple[NamedSharding, ...]) -> Callable[..., Array]:
         """`compute(model, *inputs)` compiled once, over state that was split once."""
         if key not in self.compiled:
-            graph, state = nnx.split(self.model)
-            placed = jax.tree.map(lambda leaf: leaf.sharding, state)
-            compiled = jax.jit(
-                lambda state, *args: compute(nnx.merge(graph, state), *args),
-                in_shardings=(placed, *inputs),
-                out_shardings=sharding(self.mesh, DATA, None, None),
-            )
+            program, state = self._program(compute, inputs)
 
             def call(*args: Any) -> Array:
                 rows, data = args[0].shape[0], self.mesh.shape[DATA]
@@ -104,10 +100,28 @@ class Loaded:
                         f"{rows} rows do not divide over mesh.data={data}; "
                         "set backbone.rows_per_batch to a multiple of it"
                     )
-                return compiled(state, *args)
+                return program(state, *args)
 
             self.compiled[key] = call
         return self.compiled[key]
+
+    def _program(self, compute: Callable[..., Array], inputs: tuple[NamedSharding, ...]) -> tuple[Wrapped, Any]:
+        """The jitted function of `_jit`, and the state that it is called with first."""
+        graph, state = nnx.split(self.model)
+        placed = jax.tree.map(lambda leaf: leaf.sharding, state)
+        program = jax.jit(
+            lambda state, *args: compute(nnx.merge(graph, state), *args),
+            in_shardings=(placed, *inputs),
+            out_shardings=sharding(self.mesh, DATA, None, None),
+        )
+        return program, state
+
+
+def _residual_at(layer: int) -> Callable[..., Array]:
+    def compute(model: Backbone, tokens_bt: Array, segments_bt: Array, positions_bt: Array) -> Array:
+        return residual(model, tokens_bt, segments_bt, positions_bt, layer)
+
+    return compute
 
 
 def load_backbone(source: str, layers: int | None, dtype: str, mesh: Mesh) -> Loaded:

@@ -18,7 +18,7 @@ from fac_jax.sae.dense import add_all_gradient, decode_all
 from fac_jax.sae.sparse import Decoded, Selected, Weights, add_rows_gradient, decode_rows
 
 T = TypeVar("T")
-WIDTHS = 4  # numbers of columns that a selection is decoded by: all, a half, a quarter, an eighth
+WIDTHS = 4  # at most: all, a half, a quarter, an eighth of the columns
 
 
 class Way(NamedTuple):
@@ -115,14 +115,20 @@ def _add_gradient(
 def _narrowed(way: Way, chosen: Selected, rows: Callable[[int], T]) -> T:
     """`rows` of as few leading columns as hold all that is kept: what a row keeps are the best that it selected."""
     k = chosen.idx_bk.shape[1]
-    widths = [k]
-    while len(widths) < WIDTHS and widths[-1] * way.shards > 2 * k and widths[-1] > 1:
-        widths.append(-(-widths[-1] // 2))
-    if len(widths) == 1:
-        return rows(k)
+    first, *narrower = widths(k, way.shards)
+    if not narrower:
+        return rows(first)
     needed = chosen.kept_bk.sum(axis=1).max()
-    branch = sum((needed <= width).astype(jnp.int32) for width in widths[1:])
-    return jax.lax.switch(branch, [partial(rows, width) for width in widths])
+    branch = sum((needed <= width).astype(jnp.int32) for width in narrower)
+    return jax.lax.switch(branch, [partial(rows, width) for width in (first, *narrower)])
+
+
+def widths(k: int, shards: int) -> list[int]:
+    """Numbers of columns that a selection of k is decoded by: halves of it, down to twice a shard's even share."""
+    found = [k]
+    while len(found) < WIDTHS and found[-1] * shards > 2 * k and found[-1] > 1:
+        found.append(-(-found[-1] // 2))
+    return found
 
 
 def _leading(arrays: T, width: int) -> T:

@@ -22,14 +22,17 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from fac_jax.sae.select import HIGHEST
-from fac_jax.sae.sparse import Decoded, Selected, Weights
+from fac_jax.sae.sparse import Decoded, Selected, Weights, split_rows
 
-DENSE_SHARE = {"cpu": 0.025}
+DENSE_SHARE = {"cpu": 0.025, "tpu": 0.0004}
 """Share of a shard's features from which on dense is faster. CPU: measured on 2 cores with avx512_bf16 (2026-11-24),
 where whole steps cost the same at 2.4% (d 576, 4,096 features, batch 2,048), 3.1% (768, 16,384, 1,024) and beyond 1.6%
 (2,048, 32,768, 512). Elsewhere .002 by arithmetic: the sparse form moves 16 K d bytes a row (two gathers, and a scatter
 that reads and writes), the dense one computes 8 F d operations more, so they cost the same at K / F = bytes per second
-/ (2 operations per second): .0017 on an H100, .0021 on a v5e, .003 on a v5p."""
+/ (2 operations per second): .0017 on an H100. TPU: predicted from the programs that its compiler makes for a v5e, where
+the sparse form's reductions cost more than its bytes: .46 us a row and feature, against .18 ns times F a row."""
+DENSE_ELEMENTS = 2**29
+"""Of [rows, features] at a time: 2 GiB in float32."""
 
 
 def dense_share(platform: str) -> float:
@@ -54,9 +57,17 @@ class Jumped(NamedTuple):
 
 def decode_all(weights: Weights, x_bd: Float[Array, "b d"], chosen: Selected, dtype: str) -> Decoded:
     """`sparse.decode_rows` through all features, in one group; the activations are the values that selected."""
-    acts_bk = jnp.where(chosen.kept_bk, jax.nn.relu(chosen.val_bk), 0)
-    sum_bd = _product("bf,fd->bd", _spread(acts_bk, chosen, len(weights.w_fd), dtype), weights.w_fd, dtype)
-    return Decoded(acts_bk, sum_bd[:, None])
+    features = len(weights.w_fd)
+
+    def part(chosen: Selected) -> Decoded:
+        acts_bk = jnp.where(chosen.kept_bk, jax.nn.relu(chosen.val_bk), 0)
+        sum_bd = _product("bf,fd->bd", _spread(acts_bk, chosen, features, dtype), weights.w_fd, dtype)
+        return Decoded(acts_bk, sum_bd[:, None])
+
+    if (chunks := _chunks(len(x_bd), features)) == 1:
+        return part(chosen)
+    found = jax.lax.scan(lambda _, chosen: (None, part(chosen)), None, split_rows(chosen, chunks))[1]
+    return jax.tree.map(lambda array: array.reshape(-1, *array.shape[2:])[: len(x_bd)], found)
 
 
 def add_all_gradient(
@@ -69,11 +80,23 @@ def add_all_gradient(
     dtype: str,
 ) -> Weights:
     """`gradient`, and what `decode_all` adds to it where `given_bpd` is the gradient of its sum."""
-    g_bd = given_bpd[:, 0]
-    acts_bf = _spread(acts_bk, chosen, len(weights.w_fd), dtype)
-    v_bf = _product("bd,fd->bf", g_bd, weights.w_fd, dtype)
-    more = _gradient(dtype, weights, x_bd, acts_bf, jnp.where(acts_bf > 0, v_bf, 0), g_bd)
-    return jax.tree.map(jnp.add, gradient, more)
+    features = len(weights.w_fd)
+
+    def add_part(sums: Weights, arrays: tuple[Array, Selected, Array, Array]) -> tuple[Weights, None]:
+        x_bd, chosen, acts_bk, g_bd = arrays
+        acts_bf = _spread(acts_bk, chosen, features, dtype)
+        v_bf = _product("bd,fd->bf", g_bd, weights.w_fd, dtype)
+        more = _gradient(dtype, weights, x_bd, acts_bf, jnp.where(acts_bf > 0, v_bf, 0), g_bd)
+        return jax.tree.map(jnp.add, sums, more), None
+
+    arrays = x_bd, chosen, acts_bk, given_bpd[:, 0]
+    if (chunks := _chunks(len(x_bd), features)) == 1:
+        return add_part(gradient, arrays)[0]
+    return jax.lax.scan(add_part, gradient, split_rows(arrays, chunks))[0]
+
+
+def _chunks(rows: int, features: int) -> int:
+    return -(-rows * features // DENSE_ELEMENTS)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))

@@ -133,7 +133,8 @@ def decoding_plan(problem: Problem, mesh: Mesh) -> list[str]:
         if choice.kind == "jumprelu":
             lines.append("jumprelu: through all features, as rows keep no fixed number of them")
         else:
-            lines.append(f"K up to {k}: {_path(choice.dense(features), choice.candidates, features, problem.platform)}")
+            dense = choice.dense(features, mesh.shape[FEATURE])
+            lines.append(f"K up to {k}: {_path(dense, choice.candidates, features, problem.platform)}")
     if problem.aux_k:
         dense = dense_pays(problem.aux_k, features, problem.platform)
         how = _path(dense, problem.aux_k, features, problem.platform)

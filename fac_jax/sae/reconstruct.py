@@ -67,9 +67,14 @@ class Choice:
         """Features that a row selects before anything else is asked of them."""
         return self.row_cap if self.kind == "batchtopk" else self.k_max
 
-    def dense(self, features: int) -> bool:
-        """Whether a shard of this many features decodes through all of them; nested groups are decoded sparsely."""
-        return self.kind == "jumprelu" or (not self.prefixes and dense_pays(self.candidates, features, self.platform))
+    def dense(self, features: int, shards: int = 1) -> bool:
+        """Whether each of `shards` shards of this many features decodes through all of them.
+
+        Nested groups are decoded sparsely. Of 4 shards or more, one keeps at most half of what it selected in any row
+        (`decode.py` takes no more columns than that), if features are spread evenly.
+        """
+        columns = -(-self.candidates // 2) if shards >= 4 else self.candidates
+        return self.kind == "jumprelu" or (not self.prefixes and dense_pays(columns, features, self.platform))
 
 
 class Dead(NamedTuple):
@@ -157,7 +162,7 @@ def _reconstruct_shard(
     shards = mesh.shape[FEATURE]
     rivals = choice.row_cap // choice.k_max * shards if choice.kind == "batchtopk" else shards
     groups = max(1, len(choice.prefixes))
-    live_way = Way(choice.dense(features), choice.dtype, groups, choice.platform, rivals)
+    live_way = Way(choice.dense(features, shards), choice.dtype, groups, choice.platform, rivals)
     dead_dense = dead_k is not None and dense_pays(min(dead_k, features), features, choice.platform)
     dead_way = Way(dead_dense, choice.dtype, platform=choice.platform, shards=shards)
     found, revived = decode_selected(live_way, dead_way, weights, x_bd, chosen.live, chosen.dead, any_dead)

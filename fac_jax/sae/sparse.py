@@ -155,11 +155,15 @@ def _chunks(arrays: tuple[Any, ...], weights: Weights, platform: str) -> tuple[A
     """[b, ...] as [chunks, rows, ...], filled up with zeros: kept is then False and every activation 0."""
     b, k = arrays[1].idx_bk.shape
     row_bytes = weights.w_fd.shape[1] * weights.w_fd.dtype.itemsize * (k if platform == "cpu" else 1)
-    chunks = -(-b // max(1, CHUNK_BYTES.get(platform, 2**25) // row_bytes))
-    rows = -(-b // chunks)
+    return split_rows(arrays, -(-b // max(1, CHUNK_BYTES.get(platform, 2**25) // row_bytes)))
+
+
+def split_rows(arrays: T, chunks: int) -> T:
+    """[b, ...] as [chunks, rows, ...], filled up with zeros."""
 
     def split(array: Array) -> Array:
-        padded = jnp.pad(array, [(0, chunks * rows - b)] + [(0, 0)] * (array.ndim - 1))
+        rows = -(-len(array) // chunks)
+        padded = jnp.pad(array, [(0, chunks * rows - len(array))] + [(0, 0)] * (array.ndim - 1))
         return padded.reshape(chunks, rows, *array.shape[1:])
 
     return jax.tree.map(split, arrays)

@@ -25,8 +25,10 @@ def sae(golden: dict[str, np.ndarray]) -> SAE:
     return SAE(jnp.asarray(golden["W_enc"].T), jnp.asarray(golden["b_enc"]), jnp.asarray(golden["b_dec"]))
 
 
-@pytest.fixture(params=["selected rows", "all features"])
+@pytest.fixture(params=["selected rows", "all features", "all features, in chunks"])
 def decoding(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """The way that this test's functions decode, if they are traced while it lasts."""
     monkeypatch.setattr(dense, "DENSE_SHARE", {"cpu": 2.0 if request.param == "selected rows" else 0.0})
+    if "chunks" in request.param:
+        monkeypatch.setattr(dense, "DENSE_ELEMENTS", 600)
     return str(request.param)

@@ -208,6 +208,30 @@ def test_every_flipped_byte_is_found(tmp_path: Path, mesh_1x1: Mesh) -> None:
     assert found
 
 
+def test_every_missing_file_is_found(tmp_path: Path, mesh_1x1: Mesh) -> None:
+    """Without any one of its files a checkpoint is refused by name, or restored to the bit where it says nothing."""
+    state = random_state(mesh_1x1)
+    with open_checkpoints(tmp_path) as checkpoints:
+        save_state(checkpoints, 1, state)
+    files, refused = [path for path in (tmp_path / "1").rglob("*") if path.is_file()], []
+    for path in files:
+        path.rename(tmp_path / "aside")
+        with open_checkpoints(tmp_path) as checkpoints:
+            try:
+                found = restore_state(checkpoints, state)
+            except UserError as error:
+                assert str(tmp_path / "1") in str(error) and "delete" in str(error)
+                refused.append(path)
+            else:
+                assert found is not None, path
+                for got, want in zip(jax.tree.leaves(found[1]), jax.tree.leaves(state), strict=True):
+                    np.testing.assert_array_equal(got, want)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "aside").rename(path)
+    print([str(path.relative_to(tmp_path)) for path in files if path not in refused])
+    assert len(refused) >= 3
+
+
 def test_changed_leaf_is_named(tmp_path: Path, mesh_1x1: Mesh) -> None:
     """A flip that passes orbax's own reading, as without compression: the digest tells which leaf it hit."""
     state = random_state(mesh_1x1)
