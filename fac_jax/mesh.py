@@ -70,9 +70,18 @@ def sharding(mesh: Mesh, *axes: str | tuple[str, ...] | None) -> NamedSharding:
     return NamedSharding(mesh, P(*axes))
 
 
+def row_sharding(mesh: Mesh, rows: int) -> NamedSharding:
+    """How `rows` rows come to the devices: shared out over all of them, or over `data` only where they cannot be.
+
+    A step that needs a row on every feature shard gathers it there, over the wires between devices: a host then reads
+    and sends only its own share, where it would else need all rows of its data shards.
+    """
+    return sharding(mesh, (DATA, FEATURE)) if rows % mesh.size == 0 else sharding(mesh, DATA)
+
+
 def own_rows(mesh: Mesh, rows: int) -> list[tuple[int, int]]:
-    """Which rows of a batch of `rows` this process's devices hold: (start, stop) in order, neighbours joined."""
-    places = sharding(mesh, DATA).addressable_devices_indices_map((rows,)).values()
+    """Which rows of a batch of `rows` this process's devices get: (start, stop) in order, neighbours joined."""
+    places = row_sharding(mesh, rows).addressable_devices_indices_map((rows,)).values()
     spans: list[tuple[int, int]] = []
     for start, stop in sorted({index[0].indices(rows)[:2] for index in places if index}):
         if spans and spans[-1][1] == start:
@@ -83,7 +92,7 @@ def own_rows(mesh: Mesh, rows: int) -> list[tuple[int, int]]:
 
 
 def place_rows(mesh: Mesh, local: Shaped[np.ndarray, "n ..."], rows: int) -> Shaped[Array, "b ..."]:
-    """A batch of `rows` rows, split over `data`, from the rows that `own_rows` names, or from all of them."""
+    """A batch of `rows` rows, shared out, from the rows that `own_rows` names, or from all of them."""
     spans = [(0, rows)] if len(local) == rows else own_rows(mesh, rows)
 
     def piece(index: Any) -> np.ndarray:
@@ -95,4 +104,4 @@ def place_rows(mesh: Mesh, local: Shaped[np.ndarray, "n ..."], rows: int) -> Sha
             before += high - low
         raise AssertionError(f"rows {start} to {stop} are not among {spans}")
 
-    return jax.make_array_from_callback((rows, *local.shape[1:]), sharding(mesh, DATA), piece)
+    return jax.make_array_from_callback((rows, *local.shape[1:]), row_sharding(mesh, rows), piece)

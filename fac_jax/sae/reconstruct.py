@@ -18,7 +18,7 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
-from fac_jax.mesh import DATA, FEATURE
+from fac_jax.mesh import DATA, FEATURE, row_sharding
 from fac_jax.sae.decode import Way, decode_selected
 from fac_jax.sae.dense import decode_jump, dense_pays
 from fac_jax.sae.model import SAE
@@ -103,7 +103,7 @@ def reconstruct(
     dead_f = dead.dead_f if dead else jnp.zeros(sae.w_fd.shape[0], bool)
     # An axis of one device is not named: a sum over it would still copy what it sums, the gradient of W among it.
     rows, features = (P(axis) if mesh.shape[axis] > 1 else P() for axis in (DATA, FEATURE))
-    scattered = row_spec(mesh, len(x_bd))
+    scattered = row_sharding(mesh, len(x_bd)).spec if mesh.shape[FEATURE] > 1 else rows
     optional = (sae.w_enc_fd, sae.threshold_f)
     w_enc_fd, threshold_f = (None if parameter is None else parameter[...] for parameter in optional)
     weights = Weights(sae.w_fd[...], w_enc_fd, sae.b_enc_f[...], sae.b_dec_d[...])
@@ -115,12 +115,6 @@ def reconstruct(
         out_specs=Reconstruction(scattered, scattered, features, rows, P(), P()),
     )
     return sharded(weights, threshold_f, x_bd, counted_b, jnp.asarray(k, jnp.int32), dead_f, dead_f.any())
-
-
-def row_spec(mesh: Mesh, rows: int) -> P:
-    """How the rows of a reconstruction are split: over all devices, or over `data` only where those cannot share."""
-    axes = sum(_axes(mesh), ())
-    return P(axes) if rows % mesh.size == 0 and axes else P(_axes(mesh)[0])
 
 
 class Chosen(NamedTuple):

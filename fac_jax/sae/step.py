@@ -34,10 +34,10 @@ from jaxtyping import Array, Float, Float64, Int
 from scipy.special import ndtri
 
 from fac_jax.errors import UserError
-from fac_jax.mesh import DATA, FEATURE, sharding
+from fac_jax.mesh import DATA, FEATURE, row_sharding, sharding
 from fac_jax.sae.model import SAE
 from fac_jax.sae.problem import Problem, k_at, k_widths, learning_rate_at, make_optimizer
-from fac_jax.sae.reconstruct import Dead, reconstruct, row_spec
+from fac_jax.sae.reconstruct import Dead, reconstruct
 from fac_jax.sae.select import HIGHEST
 
 Params = dict[str, Array]
@@ -214,7 +214,13 @@ def loss_and_metrics(
 ) -> tuple[Float[Array, ""], tuple[Metrics, Int[Array, " f"], Float[Array, ""]]]:
     """What is minimised; beside it the metrics, how often each feature was active, and the smallest activation kept
     (BatchTopK)."""
-    x_bd = batch.x_bd.astype(jnp.float32) * problem.scale
+
+    def scaled_rows(placement: NamedSharding) -> Array:
+        return jax.lax.with_sharding_constraint(batch.x_bd, placement).astype(jnp.float32) * problem.scale
+
+    # The loss is computed on rows that are shared out, but a feature shard reconstructs all rows of its data shard,
+    # which are gathered before they become float32.
+    x_bd, gathered_bd = scaled_rows(row_sharding(mesh, len(batch.x_bd))), scaled_rows(sharding(mesh, DATA))
     square_b = jnp.mean(x_bd**2, axis=1)
     limit = (problem.norm_limit * problem.scale) ** 2 / problem.d_model
     counted_b = (square_b > 0) & (square_b <= limit) & (batch.weight_b > 0)
@@ -224,12 +230,9 @@ def loss_and_metrics(
 
     aux_on = problem.aux_k > 0
     found = reconstruct(
-        trained(params), x_bd, counted_b, k, choice=problem.choice(k_max), mesh=mesh,
+        trained(params), gathered_bd, counted_b, k, choice=problem.choice(k_max), mesh=mesh,
         dead=Dead(dead_f, problem.aux_k) if aux_on else None,
     )  # fmt: skip
-    # From the batch again and not from the scaled rows, which would then be gathered for the reconstruction.
-    shared = NamedSharding(mesh, row_spec(mesh, len(x_bd)))
-    x_bd = jax.lax.with_sharding_constraint(batch.x_bd, shared).astype(jnp.float32) * problem.scale
     error_bpd = x_bd[:, None] - found.x_hat_bpd
     error_bd = error_bpd[:, -1]
     error_bp = jnp.mean(error_bpd**2, axis=2) / jnp.where(counted_b, square_b, 1)[:, None]

@@ -22,7 +22,7 @@ from fac_jax.backbone.model import Backbone, parameters
 from fac_jax.backbone.weights import DTYPES, Loaded, open_model
 from fac_jax.config import BackboneConfig, Config
 from fac_jax.errors import UserError
-from fac_jax.mesh import DATA, FEATURE, platform, sharding
+from fac_jax.mesh import DATA, FEATURE, platform, row_sharding
 from fac_jax.sae.problem import Problem, pose
 from fac_jax.sae.step import Batch, TrainState, init_state, make_train_step, state_shardings
 
@@ -73,8 +73,8 @@ def compile_train(problem: Problem, mesh: Mesh, limit: float) -> Program:
         raise UserError(f"train.batch_rows {rows} does not divide by {mesh.shape[DATA]} shards of the data axis")
     state = abstract_state(problem, mesh)
     batch = Batch(
-        jax.ShapeDtypeStruct((rows, problem.d_model), jnp.bfloat16, sharding=sharding(mesh, DATA, None)),
-        jax.ShapeDtypeStruct((rows,), jnp.float32, sharding=sharding(mesh, DATA)),
+        jax.ShapeDtypeStruct((rows, problem.d_model), jnp.bfloat16, sharding=row_sharding(mesh, rows)),
+        jax.ShapeDtypeStruct((rows,), jnp.float32, sharding=row_sharding(mesh, rows)),
     )
     step: Any = make_train_step(problem, mesh)
     return _compile(step.lower(state, batch), mesh, limit)

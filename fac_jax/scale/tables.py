@@ -79,7 +79,7 @@ def _of_devices(plan: Plan) -> str:
 def _print_step(out: Console, step: Step, tokens: int) -> None:
     cost, program = step.cost, step.program
     flags = ", ".join(
-        f"{name} {value:,}" if isinstance(value, int) else f"{name} {value}" for name, value in step.settings.items()
+        f"{name} {value:,}" if type(value) is int else f"{name} {value}" for name, value in step.settings.items()
     )
     out.print(f"\n[bold]{step.stage}[/]  {flags}")
     table = Table("per device", "", box=None, show_header=False)

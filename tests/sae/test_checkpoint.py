@@ -1,5 +1,6 @@
 """Files of the autoencoder: what is saved comes back, and what is damaged or made for something else is named."""
 
+import gc
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -208,6 +209,8 @@ def test_every_flipped_byte_is_found(tmp_path: Path, mesh_1x1: Mesh) -> None:
     assert found
 
 
+# Where a file is missing, orbax drops coroutines whose event loop is closed: collected here, and not in later tests.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_every_missing_file_is_found(tmp_path: Path, mesh_1x1: Mesh) -> None:
     """Without any one of its files a checkpoint is refused by name, or restored to the bit where it says nothing."""
     state = random_state(mesh_1x1)
@@ -228,8 +231,8 @@ def test_every_missing_file_is_found(tmp_path: Path, mesh_1x1: Mesh) -> None:
                     np.testing.assert_array_equal(got, want)
         path.parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "aside").rename(path)
-    print([str(path.relative_to(tmp_path)) for path in files if path not in refused])
     assert len(refused) >= 3
+    gc.collect()
 
 
 def test_changed_leaf_is_named(tmp_path: Path, mesh_1x1: Mesh) -> None:
