@@ -33,6 +33,7 @@ from fac_jax.activations.manifest import Manifest, Totals
 from fac_jax.activations.store import Rows, StoreWriter, complete_store, create_store, finished_counts
 from fac_jax.backbone.weights import Loaded, load_backbone
 from fac_jax.config import Config, MeshConfig
+from fac_jax.distributed import Process, wait_for_all
 from fac_jax.errors import UserError
 from fac_jax.mesh import make_mesh
 from fac_jax.packing import PackedBatch, encode, pack
@@ -49,20 +50,20 @@ def harvest(config: Config, out: Path, inputs: Mapping[str, Path]) -> dict[str, 
     Raises UserError for an empty corpus, a layer the model does not have, a store of something else, a full disk.
     """
     del inputs
-    index, count = jax.process_index(), jax.process_count()
+    index, count = Process.index, Process.count
     mesh = harvest_mesh(config.mesh, jax.local_devices())
     loaded = load_backbone(config.backbone.model, config.backbone.layer, config.backbone.dtype, mesh)
     manifest = describe(config, loaded, writers=count)
     if index == 0:
         create_store(out, manifest)
-    _wait_for_all("harvest: store created")
+    wait_for_all("harvest: store created")
     started = time.monotonic()
     tokens = harvest_documents(config, loaded, manifest, out, index)
     if count > 1:
         tokens = int(multihost_utils.process_allgather(np.asarray(tokens)).sum())  # waits until all are written
     seconds = time.monotonic() - started
     totals = complete_store(out, [writer_name(i) for i in range(count)]) if index == 0 else None
-    _wait_for_all("harvest: complete")
+    wait_for_all("harvest: complete")
     return _summary(config, out, totals, tokens, seconds) if totals is not None else {}
 
 
@@ -231,8 +232,3 @@ def _summary(config: Config, out: Path, totals: Totals, tokens: int, seconds: fl
         "seconds": seconds,
         "bytes": sum(file.stat().st_size for file in Path(out).rglob("*") if file.is_file()),
     }
-
-
-def _wait_for_all(moment: str) -> None:
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices(moment)

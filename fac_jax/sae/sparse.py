@@ -92,9 +92,7 @@ def decode_rows(
         return Decoded(jnp.concatenate([first.acts_bk[None], acts_kb1])[:, :, 0].T, sum_bpd)
 
     of_chunk = part if platform == "cpu" else by_columns
-    chunks = _chunks((x_bd, chosen), weights, platform)
-    found = jax.lax.scan(lambda _, arrays: (None, of_chunk(*arrays)), None, chunks)[1]
-    return jax.tree.map(lambda array: array.reshape(-1, *array.shape[2:])[: len(x_bd)], found)
+    return over_chunks(lambda arrays: of_chunk(*arrays), _chunks((x_bd, chosen), weights, platform), len(x_bd))
 
 
 def add_rows_gradient(
@@ -156,6 +154,12 @@ def _chunks(arrays: tuple[Any, ...], weights: Weights, platform: str) -> tuple[A
     b, k = arrays[1].idx_bk.shape
     row_bytes = weights.w_fd.shape[1] * weights.w_fd.dtype.itemsize * (k if platform == "cpu" else 1)
     return split_rows(arrays, -(-b // max(1, CHUNK_BYTES.get(platform, 2**25) // row_bytes)))
+
+
+def over_chunks(part: Callable[[Any], Decoded], chunks: Any, rows: int) -> Decoded:
+    """What `part` makes of each chunk, one after the other, as [rows, ...] again."""
+    found = jax.lax.scan(lambda _, arrays: (None, part(arrays)), None, chunks)[1]
+    return jax.tree.map(lambda array: array.reshape(-1, *array.shape[2:])[:rows], found)
 
 
 def split_rows(arrays: T, chunks: int) -> T:
