@@ -35,7 +35,7 @@ class Verb:
     help: str
     sections: tuple[str, ...]
     function: Callable[[Config, str, dict[str, str]], None] | None
-    """None for bench, which reads no config and has settings of its own."""
+    """None for bench and store, which read no config and take arguments of their own."""
     needs_config: bool = True
 
 
@@ -94,7 +94,7 @@ def _dispatch(arguments: list[str]) -> int:
         return 2
     verb = VERBS[name]
     if verb.function is None:
-        return _bench(rest)
+        return _store(rest) if name == "store" else _bench(rest)
     if "-h" in rest or "--help" in rest:
         _parse(name, verb, rest[0] if rest and not rest[0].startswith("-") else None, ["--help"])
         return 0
@@ -260,6 +260,37 @@ def _convert_sae(options: dict[str, str]) -> None:
     )
 
 
+STORE_USAGE = """usage: fac store info PATH                what the store (or stores) at PATH, a folder or URL, holds
+       fac store verify PATH              read every block; name and quarantine the damaged ones (then the status is 1)
+       fac store merge INTO PATH PATH...  a store of the rows of several, which stay where they are
+       fac store drop PATH WRITER         delete what one writer (such as p0001) wrote"""
+
+
+def _store(arguments: list[str]) -> int:
+    """Look after activation stores; returns the exit status."""
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(STORE_USAGE)
+        return 0 if arguments else 2
+    action, *paths = arguments
+    least, most = {"info": (1, 1), "verify": (1, 1), "merge": (3, 10**6), "drop": (2, 2)}.get(action, (0, -1))
+    if not least <= len(paths) <= most or any(path.startswith("-") for path in paths):
+        print(STORE_USAGE, file=sys.stderr)
+        return 2
+    from fac_jax.activations import upkeep
+
+    if action == "verify":
+        found = upkeep.verify(paths[0])
+        for line in [*found, *(upkeep.remedies(found) if found else ["every block is whole"])]:
+            print(line)
+        return 1 if found else 0
+    if action == "info":
+        lines = upkeep.info(paths[0])
+    else:
+        lines = upkeep.merge(paths[0], paths[1:]) if action == "merge" else upkeep.drop(*paths)
+    print("\n".join(lines))
+    return 0
+
+
 def _bench(arguments: list[str]) -> int:
     from fac_jax.scale.bench import main as bench
 
@@ -322,7 +353,11 @@ VERBS = {
         "the backbone (a GGUF file, say) to a Hugging Face directory; with --sae, an SAE to another program's form",
         *(("backbone",), _convert, False),
     ),
-    "bench": Verb("`fac bench sae`: the training step beside published ones, on this machine", (), None, False),
+    "store": Verb("`fac store info|verify|merge|drop PATH`: look after activation stores", (), None, False),
+    "bench": Verb(
+        "`fac bench sae` or `fac bench activations`: our training step, harvest, store and stream beside others'",
+        *((), None, False),
+    ),
     "plan": Verb(
         "what training and harvest would take on a pod that is not here: memory, time, network (predicted)",
         *(("mesh", "backbone", "harvest", "sae", "train"), _plan),

@@ -87,7 +87,8 @@ class BackboneConfig:
     """Blocks applied before the residual is read: layer 16 equals Hugging Face hidden_states[16]
     (paper: 16 for Llama-3.1-8B and Mistral-7B, 14 for Qwen2-7B)."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Compute type; auto is float32 on CPU and bfloat16 on accelerators."""
+    """Input type of the matmuls, which accumulate in float32; norms, softmax and the residual stream are float32. auto:
+    bfloat16 where the hardware multiplies it, and float32 on other CPUs."""
     rows_per_batch: int = 8
     """Packed rows in one forward pass."""
     row_tokens: int = 512
@@ -157,10 +158,27 @@ class HarvestConfig:
     """Rows (content tokens, training and validation together) to harvest, at least; by default the whole corpus."""
     validation_fraction: float = 0.1
     """Fraction of documents, by hash, whose rows are held out of training (paper: 90/10)."""
-    shard_rows: int = 16_384
-    """Rows shuffled together and written as one shard; a kill loses at most this much work."""
+    shard_rows: int = 65_536
+    """Rows shuffled together and written as one shard: the more, the better rows of different documents mix. Two shards
+    are in memory; a kill loses at most one."""
+    layers: tuple[int, ...] = ()
+    """Layers whose residuals are kept besides those of backbone.layer, from the same forward pass; each gets a store of
+    its own."""
+    store: str | None = None
+    """Folder or URL (gs://BUCKET/FOLDER, s3://BUCKET/FOLDER) for the rows; by default the run directory."""
+    dtype: Literal["bfloat16", "float16", "int8"] = "bfloat16"
+    """Type of the stored rows. float16 ends at 65,504, which massive activations exceed; int8 halves the bytes, with a
+    scale per row and an error that the store states."""
+    compression: Literal["none", "bitshuffle"] = "none"
+    """bitshuffle (and zstd) takes about a quarter off bfloat16 rows, for slow or costly storage; it costs CPU time."""
+    norm_filter: float = 0.0
+    """Rows whose norm exceeds this many medians of their shard (attention sinks: 10 finds them) are left out of the
+    store and counted; 0 keeps all."""
 
     def __post_init__(self) -> None:
+        for layer in self.layers:
+            check(layer >= 1, f"harvest.layers has {layer}; it counts blocks applied, so it starts at 1")
+        check(self.norm_filter >= 0, f"harvest.norm_filter is {self.norm_filter}; it must not be negative")
         check(
             0 < self.validation_fraction < 1,
             f"harvest.validation_fraction is {self.validation_fraction}; it must lie in (0, 1)",
@@ -224,12 +242,20 @@ class SaeConfig:
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """Store to SAE."""
+    """Store, or backbone, to SAE."""
 
     compat: Literal["none", "official"] = "none"
     """official: the published code's initialisation, zero biases, Adam, no row filter and no auxiliary loss."""
+    activations: Literal["store", "live"] = "store"
+    """Where rows come from: a store, or live from the backbone while the SAE trains, with nothing on disk. live reads
+    harvest.data over and over until the steps are done; of harvest, only data, validation_fraction and dtype count."""
+    live_buffer_rows: int = 131_072
+    """live: rows mixed together, at most; two such buffers take 2 x live_buffer_rows x 2 x d_model bytes of memory
+    (2 GiB at width 4,096). More of them mix better."""
     store: str | None = None
     """Activation store to train on; by default the run's own."""
+    on_bad_chunk: Literal["stop", "skip"] = "stop"
+    """What a block does that `fac store verify` has quarantined: stop the training, or be left out and counted."""
     init: str | None = None
     """SAE to start from (folder, official .pth file, SAELens folder, or hub id); by default a random one."""
     steps: int = 10_000
@@ -280,8 +306,8 @@ class TrainConfig:
     finish: Literal["last", "best"] = "last"
     """Which state becomes the SAE: the last (paper), or the best checkpoint that is kept."""
     streams: int = 8
-    """Parts that the store is read in, at most: with several hosts, each reads the parts its devices train on. It
-    decides, and the number of hosts does not, which rows a batch holds."""
+    """Parts that the store (live: the corpus) is read in, at most: with several hosts, each reads the parts its devices
+    train on. It decides, and the number of hosts does not, which rows a batch holds."""
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch_rows", "k_start", "aux_k", "dead_after_rows", "log_every"):
@@ -289,6 +315,16 @@ class TrainConfig:
             check(value is None or value >= 1, f"train.{name} is {value}; it must be at least 1")
         for name in ("checkpoint_every", "keep_checkpoints", "streams"):
             check(getattr(self, name) >= 1, f"train.{name} is {getattr(self, name)}; it must be at least 1")
+        live = self.activations == "live"
+        check(
+            not (live and self.store is not None),
+            f"train.activations live reads no store, but train.store is {self.store}: leave one of them out",
+        )
+        check(
+            not live or self.live_buffer_rows >= self.batch_rows,
+            f"train.live_buffer_rows {self.live_buffer_rows} holds less than train.batch_rows {self.batch_rows}: raise "
+            "the first",
+        )
         check(self.keep_best >= 0, f"train.keep_best is {self.keep_best}; it must be at least 0")
         check(
             self.finish == "last" or self.keep_best > 0,

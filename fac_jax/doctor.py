@@ -69,7 +69,10 @@ def _disk(config: Config) -> str:
     while not folder.exists():
         folder = folder.parent
     free = shutil.disk_usage(folder).free
-    found = f"{free / 2**30:,.1f} GiB free for {config.run.dir}; a harvested token takes 2 x d_model + 24 bytes"
+    rows = "a harvested token takes 2 x d_model + 24 bytes"
+    if config.train.activations == "live":
+        rows = f"live rows take 4 x {config.train.live_buffer_rows:,} x d_model bytes of memory, and nothing here"
+    found = f"{free / 2**30:,.1f} GiB free for {config.run.dir}; {rows}"
     if free < LEAST_FREE_BYTES:
         raise UserError(f"{found}; free some space or choose another run.dir")
     return found

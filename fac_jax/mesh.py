@@ -6,7 +6,10 @@ Always set, 1x1 on a laptop. Axis names live here and nowhere else; what is not 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
+from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import jax
@@ -21,6 +24,7 @@ from fac_jax.errors import UserError
 
 DATA = "data"
 FEATURE = "feature"
+_ORDER = Lock()
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
@@ -60,9 +64,28 @@ def _along_the_wires(data: int, feature: int, devices: Sequence[jax.Device]) -> 
     return mesh_utils.create_hybrid_device_mesh(within, between, devices, allow_split_physical_axes=True).T
 
 
+def starting(mesh: Mesh) -> AbstractContextManager[Any]:
+    """Held by a thread while it starts a program on `mesh`, where another thread may start one on the same devices.
+
+    Started in different orders on different devices, both would wait for ever in each other's exchanges.
+    """
+    return _ORDER if mesh.size > 1 else nullcontext()
+
+
 def platform(mesh: Mesh) -> str:
     """cpu, gpu or tpu: of the devices of `mesh`, which need not be here when a program is only compiled."""
     return mesh.devices.flat[0].platform
+
+
+def matmul_dtype(platform: str) -> str:
+    """Input type in which devices of this platform multiply fastest: bfloat16 wherever the hardware has it."""
+    if platform != "cpu":
+        return "bfloat16"
+    try:
+        flags = set(Path("/proc/cpuinfo").read_text(encoding="utf-8").split())
+    except OSError:
+        return "float32"
+    return "bfloat16" if flags & {"avx512_bf16", "amx_bf16"} else "float32"
 
 
 def sharding(mesh: Mesh, *axes: str | tuple[str, ...] | None) -> NamedSharding:

@@ -26,6 +26,8 @@ class EncodedDocument:
     document: Document
     ids: np.ndarray
     content: np.ndarray
+    dropped: dict[str, int]
+    """Tokens that are not content, by reason: `special`, `other_turns` (their words), `template` (the rest)."""
 
 
 @dataclass(frozen=True)
@@ -50,8 +52,7 @@ def encode(document: Document, tokenizer: PreTrainedTokenizerFast, max_tokens: i
     pieces = _template_pieces(document, tokenizer)
     text, spans = pieces[0], []
     for turn, piece in zip(document.turns, pieces[1:], strict=True):
-        if turn.role == USER:
-            spans.append((len(text), len(text) + len(turn.content)))
+        spans.append((turn.role == USER, len(text), len(text) + len(turn.content)))
         text += turn.content + piece
     encoding = tokenizer(
         text, add_special_tokens=tokenizer.chat_template is None, return_offsets_mapping=True, truncation=True,
@@ -59,10 +60,14 @@ def encode(document: Document, tokenizer: PreTrainedTokenizerFast, max_tokens: i
     )  # fmt: skip
     ids = np.asarray(encoding["input_ids"], np.int32)
     offsets = np.asarray(encoding["offset_mapping"], np.int64).reshape(-1, 2)
-    content = np.zeros(len(ids), bool)
-    for start, stop in spans:  # a token counts when all of it lies inside the user's words
-        content |= (offsets[:, 0] >= start) & (offsets[:, 1] <= stop) & (offsets[:, 1] > offsets[:, 0])
-    return EncodedDocument(document, ids, content & ~np.isin(ids, _special_ids(tokenizer)))
+    special, words = np.isin(ids, _special_ids(tokenizer)), {True: np.zeros(len(ids), bool)}
+    words[False] = words[True].copy()
+    for own, start, stop in spans:  # a token counts when all of it lies inside the words
+        words[own] |= (offsets[:, 0] >= start) & (offsets[:, 1] <= stop) & (offsets[:, 1] > offsets[:, 0])
+    content, others = words[True] & ~special, words[False] & ~special
+    dropped = {"special": int(special.sum()), "other_turns": int(others.sum())}
+    dropped["template"] = len(ids) - int(content.sum()) - sum(dropped.values())
+    return EncodedDocument(document, ids, content, dropped)
 
 
 def _special_ids(tokenizer: PreTrainedTokenizerFast) -> list[int]:

@@ -16,14 +16,15 @@ from pathlib import Path
 from typing import Any
 
 from fac_jax.activations.harvest import harvest
+from fac_jax.activations.store import read_manifest, stores_at
 from fac_jax.config import Config, DataSet, SweepConfig
 from fac_jax.coverage.measure import coverage, evaluate
 from fac_jax.coverage.select import select
 from fac_jax.downstream.finetune import finetune
-from fac_jax.errors import UserError
 from fac_jax.features.explain import explain
 from fac_jax.features.judge import judge
 from fac_jax.features.task import load_task
+from fac_jax.plain import digest
 from fac_jax.report.page import report
 from fac_jax.runs import Record, Run, Stage, fingerprint
 from fac_jax.sae.formats.source import fingerprints
@@ -38,10 +39,11 @@ WRITTEN = ("kept", "random")
 
 
 def pipeline(config: Config) -> dict[str, Stage]:
-    """Every stage by name, in running order; an SAE or a store from outside replaces what makes it here."""
+    """Every stage by name, in running order; an SAE or a store from outside replaces what makes it here, and live rows
+    a store."""
     anchor, seed = f"scan:{config.coverage.anchor}", f"scan:{config.coverage.seed}"
     stages = []
-    if config.scan.sae is None and config.train.store is None:
+    if config.scan.sae is None and _store_input(config):
         made_of = partial(_harvest_settings, config)
         stages.append(Stage("activations", "activations", "harvest", harvest, made_of, distributed=True))
     if config.scan.sae is None:
@@ -99,7 +101,7 @@ def scan_stage(config: Config, name: str) -> Stage:
 
 
 def _store_input(config: Config) -> tuple[str, ...]:
-    return () if config.train.store else ("activations",)
+    return () if config.train.store or config.train.activations == "live" else ("activations",)
 
 
 def _sae_input(config: Config) -> tuple[str, ...]:
@@ -117,7 +119,11 @@ def _harvest_settings(config: Config) -> dict[str, Any]:
 
 def _train_settings(config: Config) -> dict[str, Any]:
     settings = {"sae": config.sae, "train": config.train, "seed": config.run.seed}
-    outside = {"store": external_store(config.train.store), "init": external_sae(config.train.init)}
+    outside: dict[str, Any] = {"store": external_store(config.train.store), "init": external_sae(config.train.init)}
+    if config.train.activations == "live":
+        harvest = config.harvest  # what decides which rows there are
+        outside["live"] = {"fraction": harvest.validation_fraction, "dtype": harvest.dtype, **_backbone(config)}
+        outside["data"] = data_fingerprint(config, harvest.data)
     return {**settings, "layer": config.backbone.layer, **outside}
 
 
@@ -176,14 +182,9 @@ def model_fingerprint(source: str) -> str | list[str]:
     return source
 
 
-def external_store(folder: str | None) -> list[str] | None:
-    """Fingerprints of the description files of a store from outside the run."""
-    if folder is None:
-        return None
-    found = [f"{file.name}:{fingerprint(file)}" for file in sorted(Path(folder).glob("*.json"))]
-    if not found:
-        raise UserError(f"{folder} is not a store: it holds no description (*.json); mend the path")
-    return found
+def external_store(place: str | None) -> list[str] | None:
+    """What a store from outside the run says of itself: one digest for each of its layers."""
+    return None if place is None else [digest(read_manifest(store)) for store in stores_at(place)]
 
 
 def external_sae(source: str | None) -> list[str] | None:

@@ -1,8 +1,20 @@
 #!/usr/bin/env bash
-# The training step beside published ones, on this machine's CPU: makes .venv and, in .venv/peers, the peers; then
-#   bash launch/bench.sh [--shapes 768x16384x1024 ...] [--out FILE]      (fac bench sae --help: every setting)
+# What was built here beside what others use, on this machine's CPU: makes .venv and, in .venv/peers, the peers; then
+#   bash launch/bench.sh [sae] [--shapes 768x16384x1024 ...] [--out FILE]    the training step beside published ones
+#   bash launch/bench.sh activations [--documents 64] [--out FILE]           harvest, store and stream beside others'
+# `fac bench sae --help` and `fac bench activations --help` say every setting.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/install.sh"
-fac_install ""
+if [ "${1:-}" = activations ]; then
+  shift
+  fac_install "" "$ROOT/launch/quickstart-data.txt"
+  set -- activations --config "$ROOT/configs/quickstart.yaml" "$@"
+else
+  if [ "${1:-}" = sae ]; then shift; fi
+  fac_install ""
+  set -- sae "$@"
+fi
+what="$1"
+shift
 fac_install_peers
-exec "$ROOT/.venv/bin/fac" bench sae --peers-python "$PEERS_PYTHON" "$@"
+exec "$ROOT/.venv/bin/fac" bench "$what" --peers-python "$PEERS_PYTHON" "$@"

@@ -132,7 +132,7 @@ def test_sigterm_saves_at_a_common_step(undisturbed: Path, train: Train, tmp_pat
     assert [one.status for one in ended] == [143, 143], [one.output for one in ended]
     said = {one.output.partition("SIGTERM: saved after step ")[2].partition(" ")[0] for one in ended}
     (step,) = map(int, said)
-    assert 13 <= step < 18
+    assert 10 <= step < 18  # rows are read up to three steps before they are trained on
     steps = sorted(int(path.name) for path in (tmp_path / "run/sae/checkpoints").iterdir())
     assert steps[-1] == step + 1
     for again in train("run"):

@@ -64,7 +64,7 @@ def documents_of(lengths: list[int]) -> list[EncodedDocument]:
     for index, length in enumerate(lengths):
         document = Document(f"{index:016x}", (Turn("user", str(index)),), None, "t")
         content = np.arange(length) % 3 != 0
-        made.append(EncodedDocument(document, np.full(length, index + 1, np.int32), content))
+        made.append(EncodedDocument(document, np.full(length, index + 1, np.int32), content, {}))
     return made
 
 

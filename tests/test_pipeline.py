@@ -8,12 +8,14 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from fac_jax.config import load_config
 from fac_jax.pipeline import pipeline
+from fac_jax.plain import digest
 from fac_jax.runs import RECORD, Record, read_record
 
 ROOT = Path(__file__).parent.parent
@@ -62,6 +64,26 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     assert done.returncode == 0, done.stderr[-3000:]
     assert "report:" in done.stdout
     return folder
+
+
+def test_live_training_needs_no_store() -> None:
+    """Its stages are what changes with the corpus then; what only a store has changes nothing."""
+    stored = load_config(ROOT / "configs/quickstart.yaml")
+    live = replace(stored, train=replace(stored.train, activations="live"))
+    stages = pipeline(live)
+    assert set(pipeline(stored)) - set(stages) == {"activations"}
+    assert (stages["sae"].inputs, stages["sweep"].inputs, stages["splice"].inputs) == ((), (), ("sae",))
+
+    def settings(**changes: object) -> dict[str, str]:
+        changed = pipeline(replace(live, harvest=replace(live.harvest, **changes)))  # type: ignore[arg-type]
+        return {name: digest(changed[name].settings) for name in ("sae", "sweep", "splice")}
+
+    assert settings() == settings(tokens=5, shard_rows=512, compression="bitshuffle")
+    for change in ({"validation_fraction": 0.2}, {"data": "anchor"}):
+        assert all(settings(**change)[name] != before for name, before in settings().items())
+    assert settings(dtype="float16")["sae"] != settings()["sae"]
+    deeper = pipeline(replace(live, backbone=replace(live.backbone, layer=3)))["sae"]
+    assert digest(deeper.settings) != settings()["sae"]
 
 
 def test_every_stage_is_done_and_the_report_is_there(undisturbed: Path) -> None:

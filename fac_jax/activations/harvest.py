@@ -11,26 +11,35 @@ each harvests every n-th document on its own devices and writes shards of its ow
 
 from __future__ import annotations
 
+import json
 import logging
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-import ml_dtypes
 import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
-from jaxtyping import Array, BFloat16
+from jaxtyping import Array, Bool, Float
 
-from fac_jax.activations.manifest import Manifest, Totals
-from fac_jax.activations.store import Rows, StoreWriter, complete_store, create_store, finished_counts
+from fac_jax.activations.manifest import Manifest, Totals, rows_per_block
+from fac_jax.activations.rows import Rows, row_dtype
+from fac_jax.activations.store import (
+    add_layers,
+    complete_store,
+    create_store,
+    finished_counts,
+    layer_path,
+    stored_bytes,
+    writer_name,
+)
+from fac_jax.activations.writer import StoreWriter
 from fac_jax.backbone.weights import Loaded, load_backbone
 from fac_jax.config import Config, MeshConfig
 from fac_jax.distributed import Process, wait_for_all
@@ -39,32 +48,49 @@ from fac_jax.mesh import make_mesh
 from fac_jax.packing import PackedBatch, encode, pack
 from fac_jax.plain import digest
 from fac_jax.progress import Bar, progress
+from fac_jax.runs import write_text
 from fac_jax.text import document_hash, read_documents
 
 log = logging.getLogger(__name__)
 
 
 def harvest(config: Config, out: Path, inputs: Mapping[str, Path]) -> dict[str, Any]:
-    """Fill the store at `out`, going on with what is there. `inputs` is empty: the corpus is named in the config.
+    """Fill the store of each layer below `harvest.store` or `out`, going on with what is there; returns the summary.
 
-    Raises UserError for an empty corpus, a layer the model does not have, a store of something else, a full disk.
+    `inputs` is empty: the corpus is named in the config. Raises UserError for an empty corpus, a layer the model does
+    not have, a store of something else, a full disk.
     """
     del inputs
     index, count = Process.index, Process.count
+    place = config.harvest.store or str(out)
+    layers = harvested_layers(config)
     mesh = harvest_mesh(config.mesh, jax.local_devices())
-    loaded = load_backbone(config.backbone.model, config.backbone.layer, config.backbone.dtype, mesh)
-    manifest = describe(config, loaded, writers=count)
+    loaded = load_backbone(config.backbone.model, layers[-1], config.backbone.dtype, mesh)
+    manifests = {layer_path(place, layer): describe(config, loaded, layer, writers=count) for layer in layers}
     if index == 0:
-        create_store(out, manifest)
+        add_layers(place, layers)
+        for path, manifest in manifests.items():
+            create_store(path, manifest)
     wait_for_all("harvest: store created")
     started = time.monotonic()
-    tokens = harvest_documents(config, loaded, manifest, out, index)
+    tokens = harvest_documents(config, loaded, manifests, index)
     if count > 1:
         tokens = int(multihost_utils.process_allgather(np.asarray(tokens)).sum())  # waits until all are written
     seconds = time.monotonic() - started
-    totals = complete_store(out, [writer_name(i) for i in range(count)]) if index == 0 else None
+    writers = [writer_name(i) for i in range(count)]
+    totals = {path: complete_store(path, writers) for path in manifests} if index == 0 else {}
     wait_for_all("harvest: complete")
-    return _summary(config, out, totals, tokens, seconds) if totals is not None else {}
+    if index:
+        return {}
+    if config.harvest.store is not None:
+        write_text(out / "store.json", json.dumps({"store": place, "layers": layers}, indent=1))
+    main = totals[layer_path(place, config.backbone.layer)]
+    return {**_summary(config, place, layers, main, tokens, seconds)}
+
+
+def harvested_layers(config: Config) -> tuple[int, ...]:
+    """The layers that a harvest keeps, rising."""
+    return tuple(sorted({config.backbone.layer, *config.harvest.layers}))
 
 
 def harvest_mesh(config: MeshConfig, devices: Sequence[jax.Device]) -> Mesh:
@@ -77,25 +103,30 @@ def harvest_mesh(config: MeshConfig, devices: Sequence[jax.Device]) -> Mesh:
     return make_mesh(replace(config, data=None, feature=math.gcd(config.feature, len(devices))), devices)
 
 
-def describe(config: Config, loaded: Loaded, writers: int) -> Manifest:
-    """The manifest of the store that this config makes."""
+def describe(config: Config, loaded: Loaded, layer: int, writers: int) -> Manifest:
+    """The manifest of the store that this config makes of one layer."""
+    settings = config.harvest
     rows = {
-        "data": config.dataset(config.harvest.data),
-        "harvest": config.harvest,
+        "data": config.dataset(settings.data),
+        "harvest": replace(settings, layers=(), store=None),  # where they lie, and beside which others, changes no row
         "rows_per_batch": config.backbone.rows_per_batch,
         "row_tokens": config.backbone.row_tokens,
     }
     return Manifest(
         model=config.backbone.model,
         model_digest=loaded.digest,
-        layer=config.backbone.layer,
+        layer=layer,
         d_model=loaded.config.d_model,
         compute_dtype=loaded.dtype,
         tokenizer_digest=loaded.tokenizer_digest,
         corpus_digest=digest(rows),
-        shard_rows=config.harvest.shard_rows,
+        shard_rows=settings.shard_rows,
         seed=config.run.seed,
         writers=writers,
+        dtype=settings.dtype,
+        compression=settings.compression,
+        block_rows=rows_per_block(loaded.config.d_model, settings.dtype),
+        norm_filter=settings.norm_filter,
     )
 
 
@@ -104,41 +135,49 @@ def held_out(document_id: str, validation_fraction: float) -> bool:
     return document_hash(document_id, "validation") < validation_fraction
 
 
-def writer_name(index: int) -> str:
-    """Name of the writer that is process `index`."""
-    return f"p{index:04d}"
+def harvest_documents(config: Config, loaded: Loaded, manifests: Mapping[str, Manifest], index: int) -> int:
+    """Harvest documents index, index + writers, ... into the store at each path, and commit them all.
 
-
-def harvest_documents(config: Config, loaded: Loaded, manifest: Manifest, out: Path, index: int) -> int:
-    """Harvest documents index, index + writers, ... and commit them all; returns the real tokens computed by this call.
-
-    Stops at the end of the batch in which the writer's share of `harvest.tokens` is reached.
+    Returns the real tokens computed by this call. Stops at the end of the batch in which the writer's share of
+    `harvest.tokens` is reached.
     """
-    if finished_counts(out, writer_name(index)) is not None:
-        return 0
-    with StoreWriter(out, manifest, writer_name(index)) as writer:
-        return _harvest_into(writer, config, loaded, manifest, index)
+    name = writer_name(index)
+    unfinished = {path: manifest for path, manifest in manifests.items() if finished_counts(path, name) is None}
+    with ExitStack() as stack:
+        writers = {
+            manifest.layer: stack.enter_context(StoreWriter(path, manifest, name))
+            for path, manifest in sorted(unfinished.items(), key=lambda item: item[1].layer)
+        }
+        if not writers:
+            return 0
+        return _harvest_into(writers, config, loaded, index, next(iter(manifests.values())).writers)
 
 
-def _harvest_into(writer: StoreWriter, config: Config, loaded: Loaded, manifest: Manifest, index: int) -> int:
-    share = None if config.harvest.tokens is None else -(-config.harvest.tokens // manifest.writers)
-    skipped: list[str] = []
-    begun = counts = writer.cursor.counts
-    waiting: tuple[PackedBatch, dict[str, int], Array] | None = None
-    with _progress(config, share, manifest.writers, counts) as bar:
-        for batch in _batches(config, loaded, index, manifest.writers, writer.cursor.first, skipped):
-            resid_btd = _residual(loaded, batch, manifest.layer)  # begins now; nobody waits for it yet
+def _harvest_into(
+    writers: Mapping[int, StoreWriter], config: Config, loaded: Loaded, index: int, processes: int
+) -> int:
+    """Every layer's writer is given every batch from the earliest place on; each leaves out what it has committed."""
+    share = None if config.harvest.tokens is None else -(-config.harvest.tokens // processes)
+    earliest = min((writer.cursor for writer in writers.values()), key=lambda cursor: cursor.first)
+    fraction, skipped = config.harvest.validation_fraction, list[str]()
+    begun = counts = earliest.counts
+    compute = loaded.residuals_fn(tuple(writers), str(row_dtype(config.harvest.dtype)))
+    waiting: tuple[PackedBatch, dict[str, int], tuple[Array, ...]] | None = None
+    with _progress(config, share, processes, counts) as bar:
+        for batch in _batches(config, loaded, index, processes, earliest.first, skipped):
+            resid = compute(batch.tokens, batch.segments, batch.positions)  # begins now; nobody waits for it yet
             if waiting is not None:
-                _store(writer, config.harvest.validation_fraction, *waiting)
-            waiting = batch, counts, resid_btd
+                _store(writers.values(), fraction, *waiting)
+            waiting = batch, counts, resid
             counts = _counted(counts, batch, config.dataset(config.harvest.data).max_tokens)
             bar.advance(len(batch.documents) if share is None else int(batch.content.sum()))
             if share is not None and counts["content_tokens"] >= share:
                 break
         if waiting is not None:
-            _store(writer, config.harvest.validation_fraction, *waiting)
+            _store(writers.values(), fraction, *waiting)
     malformed = len(skipped) if index == 0 else 0  # every process reads all rows
-    writer.finish({**counts, "malformed_rows": malformed})
+    for writer in writers.values():
+        writer.finish({**counts, "malformed_rows": malformed})
     return counts.get("real_tokens", 0) - begun.get("real_tokens", 0)
 
 
@@ -165,36 +204,36 @@ def _batches(
     return pack(encoded, config.backbone.rows_per_batch, config.backbone.row_tokens, first)
 
 
-def _residual(loaded: Loaded, batch: PackedBatch, layer: int) -> BFloat16[Array, "b t d"]:
-    """In the store's type already on the device: half the bytes to fetch."""
-    return loaded.residual_fn(layer)(batch.tokens, batch.segments, batch.positions).astype(jnp.bfloat16)
-
-
 def _store(
-    writer: StoreWriter,
+    writers: Iterable[StoreWriter],
     validation_fraction: float,
     batch: PackedBatch,
     counts: dict[str, int],
-    resid_btd: BFloat16[Array, "b t d"],
+    resid: tuple[Array, ...],
 ) -> None:
-    """Hand the batch's content rows to the writer, row by packed row."""
+    """Hand the batch's content rows to the writer of each layer."""
+    for writer, resid_btd in zip(writers, resid, strict=True):
+        rows, held = content_rows(batch, np.asarray(resid_btd), validation_fraction)
+        writer.append(batch.first, counts, rows, held)
+
+
+def content_rows(
+    batch: PackedBatch, resid_btd: Float[np.ndarray, "b t d"], validation_fraction: float
+) -> tuple[Rows, Bool[np.ndarray, " n"]]:
+    """The rows of a batch's content tokens, packed row by packed row, and which of them are held out."""
     chosen = np.flatnonzero(batch.content)
     slot = batch.slot.reshape(-1)[chosen]
     documents = [item.document.id for item in batch.documents]
     ids = np.asarray([int(name, 16) for name in documents], np.uint64)
     held = np.asarray([held_out(name, validation_fraction) for name in documents], bool)
-    resid_nd = np.asarray(resid_btd).reshape(-1, resid_btd.shape[-1])
-    rows = Rows(
-        resid=resid_nd.view(np.uint16)[chosen].view(ml_dtypes.bfloat16),
-        doc=ids[slot],
-        position=batch.positions.reshape(-1)[chosen],
-        token=batch.tokens.reshape(-1)[chosen],
-    )
-    writer.append(batch.first, counts, rows, held[slot])
+    flat = batch.positions.reshape(-1), batch.tokens.reshape(-1)
+    every = Rows(resid_btd.reshape(-1, resid_btd.shape[-1]), np.zeros(flat[0].size, np.uint64), *flat)
+    rows = every.take(chosen)
+    return replace(rows, doc=ids[slot]), held[slot]
 
 
 def _counted(counts: Mapping[str, int], batch: PackedBatch, max_tokens: int) -> dict[str, int]:
-    """`counts` with this batch's added: every token computed is real or padding, every real one content or template."""
+    """`counts` with this batch's added: every token computed is padding or real, every real one content or dropped."""
     real, content = int((batch.segments > 0).sum()), int(batch.content.sum())
     found = {
         "documents": len(batch.documents),
@@ -203,12 +242,15 @@ def _counted(counts: Mapping[str, int], batch: PackedBatch, max_tokens: int) -> 
         "real_tokens": real,
         "content_tokens": content,
         "dropped_padding": batch.tokens.size - real,
-        "dropped_template": real - content,
     }
+    for reason in ("special", "other_turns", "template"):
+        found[f"dropped_{reason}"] = sum(item.dropped[reason] for item in batch.documents)
     return {name: counts.get(name, 0) + value for name, value in found.items()}
 
 
-def _summary(config: Config, out: Path, totals: Totals, tokens: int, seconds: float) -> dict[str, Any]:
+def _summary(
+    config: Config, place: str, layers: tuple[int, ...], totals: Totals, tokens: int, seconds: float
+) -> dict[str, Any]:
     data, counts = config.harvest.data, totals.counts
     train, validation = totals.splits["train"], totals.splits["validation"]
     for split, fraction in ((train, "lower"), (validation, "raise")):
@@ -222,13 +264,22 @@ def _summary(config: Config, out: Path, totals: Totals, tokens: int, seconds: fl
         found, asked = counts["content_tokens"], config.harvest.tokens
         log.warning("data.%s has only %d content tokens, harvest.tokens asks %d", data, found, asked)
     return {
+        "layers": " ".join(map(str, layers)),
         "rows": train.rows + validation.rows,
         "train_rows": train.rows,
         "validation_rows": validation.rows,
         "median_norm": train.norm_quantiles["0.5"],
         **counts,
+        "dropped_outliers": train.outliers + validation.outliers,
         "packing_efficiency": counts["real_tokens"] / counts["computed_tokens"],
         "tokens_per_second": tokens / seconds,  # real tokens of this call: an interrupted harvest had computed others
         "seconds": seconds,
-        "bytes": sum(file.stat().st_size for file in Path(out).rglob("*") if file.is_file()),
+        **_rounding(config, totals),
+        "bytes": sum(stored_bytes(layer_path(place, layer)) for layer in layers),
     }
+
+
+def _rounding(config: Config, totals: Totals) -> dict[str, float]:
+    """What int8 costs: the error it leaves, as a fraction of the rows' variance (an FVU)."""
+    train = totals.splits["train"]
+    return {"rounding_fvu": train.rounding / train.variance} if config.harvest.dtype == "int8" else {}

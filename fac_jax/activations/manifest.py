@@ -12,20 +12,23 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import numpy as np
-from jaxtyping import BFloat16, Float64
+from jaxtyping import Float, Float64
 
+from fac_jax.activations.rows import PIECE_ROWS
 from fac_jax.errors import UserError
 from fac_jax.plain import from_plain, to_plain
 
 T = TypeVar("T")
+Split = Literal["train", "validation"]
 
-VERSION = 1
+SPLITS: tuple[Split, ...] = ("train", "validation")
+VERSION = 2
 SAMPLED_NORMS = 256  # per shard, for the quantiles
+BLOCK_BYTES = 2**20  # at most; single rows are 80 times slower to read, and 128 rows of width 576 twice as slow
 QUANTILES = (0.01, 0.1, 0.5, 0.9, 0.99)
-PIECE_ROWS = 1024  # converted to float32 at a time
 
 
 @dataclass(frozen=True)
@@ -34,13 +37,28 @@ class SplitTotals:
 
     rows: int
     parts: tuple[tuple[str, int], ...]
-    """Path of the split's part of each shard, below the store, and its rows."""
+    """Path of the split's part of each shard, below the store, and its rows; in a merged store the path begins with
+    the number of the member and a colon."""
     mean: tuple[float, ...]
     """Mean residual [d_model]."""
-    mean_square: float
-    """Mean squared norm of a residual; minus the squared norm of `mean` it is the variance that FVU divides by."""
+    second_moment: tuple[float, ...]
+    """Mean square of each of its elements [d_model]."""
     norm_quantiles: dict[str, float]
     """Quantiles ("0.5" is the median) of the residuals' Euclidean norms, from `SAMPLED_NORMS` rows of each shard."""
+    outliers: int
+    """Rows left out because of their norm (`norm_filter`)."""
+    rounding: float
+    """Mean squared error of a row through rounding to int8."""
+
+    @property
+    def mean_square(self) -> float:
+        """Mean squared norm of a residual."""
+        return float(sum(self.second_moment))
+
+    @property
+    def variance(self) -> float:
+        """Mean squared distance of a residual from the mean: what FVU divides by."""
+        return self.mean_square - float(np.square(self.mean).sum())
 
 
 @dataclass(frozen=True)
@@ -50,6 +68,22 @@ class Totals:
     splits: dict[str, SplitTotals]
     counts: dict[str, int]
     """What the harvest counted over the corpus (documents, computed tokens, ...), summed over writers."""
+
+
+@dataclass(frozen=True)
+class Form:
+    """How the rows of an array are laid out and stored."""
+
+    block_rows: int
+    """Rows of a block."""
+    compression: str = "none"
+    """none, or bitshuffle (blosc with zstd)."""
+
+
+def rows_per_block(d_model: int, dtype: str) -> int:
+    """The power of two of rows that make a block of a store: at most `BLOCK_BYTES`, and 32 to 1,024 rows."""
+    most = BLOCK_BYTES // (d_model * (1 if dtype == "int8" else 2))
+    return 2 ** min(10, max(5, most.bit_length() - 1))
 
 
 @dataclass(frozen=True)
@@ -73,10 +107,30 @@ class Manifest:
     writers: int
     """Processes among which the documents are dealt; each writes shards of its own."""
     dtype: str = "bfloat16"
-    """Of the stored rows; float16 would overflow on massive activations."""
+    """Of the stored rows: bfloat16, float16 or int8."""
+    compression: str = "none"
+    """none, or bitshuffle (blosc with zstd)."""
+    block_rows: int = 128
+    """Rows that are read together."""
+    norm_filter: float = 0.0
+    """Rows whose norm exceeds this many times the median of their shard are left out; 0: none."""
     version: int = VERSION
     totals: Totals | None = None
     """Present when the store is complete."""
+    members: tuple[str, ...] = ()
+    """Of a merged store: the stores whose shards it names; it holds none itself."""
+
+    @property
+    def form(self) -> Form:
+        """How its arrays are stored."""
+        return Form(self.block_rows, self.compression)
+
+
+@dataclass(frozen=True)
+class Layers:
+    """What `layers.json` beside the stores of several layers holds."""
+
+    layers: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -96,10 +150,14 @@ class Part:
     rows: int
     sum: tuple[float, ...]
     """Sum of the residuals [d_model]."""
-    sum_squares: float
-    """Sum of their squared norms."""
+    squares: tuple[float, ...]
+    """Sum of the squares of their elements [d_model]."""
     norms: tuple[float, ...]
     """Norms of up to `SAMPLED_NORMS` random rows."""
+    outliers: int = 0
+    """Rows left out because of their norm."""
+    rounding: float = 0.0
+    """Sum of squared errors through rounding to int8."""
 
 
 @dataclass(frozen=True)
@@ -118,6 +176,13 @@ class Finished:
     counts: dict[str, int]
 
 
+@dataclass(frozen=True)
+class Quarantine:
+    """Blocks that `fac store verify` found damaged, by the path of their part."""
+
+    blocks: dict[str, tuple[int, ...]]
+
+
 def check_holds(
     manifest: Manifest, path: str | Path, remedy: str = "run `fac harvest` again or set train.store", **asked: Any
 ) -> None:
@@ -129,37 +194,54 @@ def check_holds(
         raise UserError(f"store at {path} holds {holds}, config asks {asks}: {remedy}")
 
 
-def summarise(resid_bd: BFloat16[np.ndarray, "b d"], squares_b: Float64[np.ndarray, " b"]) -> Part:
-    """Sums over rows that are in random order; `squares_b` holds their squared norms."""
-    total_d = np.zeros(resid_bd.shape[1])
-    for start in range(0, len(resid_bd), PIECE_ROWS):
-        total_d += resid_bd[start : start + PIECE_ROWS].astype(np.float32).sum(axis=0, dtype=np.float64)
-    norms = tuple(np.sqrt(squares_b[:SAMPLED_NORMS]).tolist())
-    return Part(len(resid_bd), tuple(total_d.tolist()), float(squares_b.sum()), norms)
+@dataclass(frozen=True)
+class Sums:
+    """Sums over rows, and the squared norm of each."""
+
+    sum_d: Float64[np.ndarray, " d"]
+    squares_d: Float64[np.ndarray, " d"]
+    squares_b: Float64[np.ndarray, " b"]
 
 
-def squared_norms(resid_bd: BFloat16[np.ndarray, "b d"]) -> Float64[np.ndarray, " b"]:
-    """Squared Euclidean norm of every row, in float64."""
-    squares_b = np.empty(len(resid_bd))
-    for start in range(0, len(resid_bd), PIECE_ROWS):
+def sums_of(resid_bd: Float[np.ndarray, "b d"]) -> Sums:
+    """One pass over the rows, in pieces that the caches hold."""
+    rows, d_model = resid_bd.shape
+    found = Sums(np.zeros(d_model), np.zeros(d_model), np.empty(rows))
+    for start in range(0, rows, PIECE_ROWS):
         piece_bd = resid_bd[start : start + PIECE_ROWS].astype(np.float32)
-        squares_b[start : start + PIECE_ROWS] = np.einsum("bd,bd->b", piece_bd, piece_bd)
-    return squares_b
+        found.sum_d[:] += piece_bd.sum(axis=0)
+        np.multiply(piece_bd, piece_bd, out=piece_bd)
+        found.squares_d[:] += piece_bd.sum(axis=0)
+        found.squares_b[start : start + PIECE_ROWS] = piece_bd.sum(axis=1)
+    return found
+
+
+def part_of(sums: Sums, outliers: int, rounding: float) -> Part:
+    """What a commit record says of rows that are in random order."""
+    norms = tuple(np.sqrt(sums.squares_b[:SAMPLED_NORMS]).tolist())
+    described = tuple(sums.sum_d.tolist()), tuple(sums.squares_d.tolist())
+    return Part(len(sums.squares_b), *described, norms, outliers, rounding)
 
 
 def reduce_parts(parts: Sequence[tuple[str, Part]], d_model: int) -> SplitTotals:
     """Totals of a split from (path, part) of its shards. A sampled norm weighs as many rows as it stands for."""
     rows = sum(part.rows for _, part in parts)
-    mean_d = sum((np.asarray(part.sum) for _, part in parts), np.zeros(d_model)) / max(rows, 1)
-    norms = np.concatenate([[0.0] * (not rows), *(part.norms for _, part in parts)])
-    weights = np.concatenate([[1.0] * (not rows), *(np.full(len(p.norms), p.rows / len(p.norms)) for _, p in parts)])
+    filled = [(path, part) for path, part in parts if part.rows]
+    mean_d, second_moment_d = np.zeros(d_model), np.zeros(d_model)
+    for _, part in filled:
+        mean_d += np.asarray(part.sum) / rows
+        second_moment_d += np.asarray(part.squares) / rows
+    norms = np.concatenate([[0.0] * (not rows), *(part.norms for _, part in filled)])
+    weights = np.concatenate([[1.0] * (not rows), *(np.full(len(p.norms), p.rows / len(p.norms)) for _, p in filled)])
     quantiles = np.quantile(norms, QUANTILES, weights=weights, method="inverted_cdf")
     return SplitTotals(
         rows=rows,
-        parts=tuple((path, part.rows) for path, part in parts),
+        parts=tuple((path, part.rows) for path, part in filled),
         mean=tuple(mean_d.tolist()),
-        mean_square=sum(part.sum_squares for _, part in parts) / max(rows, 1),
+        second_moment=tuple(second_moment_d.tolist()),
         norm_quantiles={str(q): float(value) for q, value in zip(QUANTILES, quantiles, strict=True)},
+        outliers=sum(part.outliers for _, part in parts),
+        rounding=sum(part.rounding for _, part in parts) / max(rows, 1),
     )
 
 
@@ -170,7 +252,7 @@ def seal(value: Any) -> bytes:
 
 
 def unseal(kind: type[T], data: bytes, where: str) -> T:
-    """What `seal` was given. Raises UserError when it is damaged or of a newer version."""
+    """What `seal` was given. Raises UserError when it is damaged or of another version."""
     remedy = "restore it, or delete it and run `fac harvest` again"
     try:
         sealed = json.loads(data)
@@ -184,6 +266,10 @@ def unseal(kind: type[T], data: bytes, where: str) -> T:
         )
     if digest != _digest(body):
         raise UserError(f"{where} is damaged (its SHA-256 does not match its content): {remedy}")
+    if isinstance(body, dict) and body.get("version", VERSION) < VERSION:
+        raise UserError(
+            f"{where} is of store version {body['version']}, this program reads version {VERSION}: harvest again"
+        )
     return from_plain(kind, body, where)
 
 

@@ -6,6 +6,7 @@ parameter's slices at a time, so nothing large ever lies unsharded on one device
 """
 
 import hashlib
+import itertools
 import logging
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -25,9 +26,9 @@ from fac_jax import plain
 from fac_jax.backbone import gguf_file
 from fac_jax.backbone.config import ModelConfig, read_model_config
 from fac_jax.backbone.hf_folder import SafetensorsFiles, hub_fetch, local_fetch
-from fac_jax.backbone.model import Backbone, Parameter, logits, parameters, residual
+from fac_jax.backbone.model import Backbone, Parameter, embed, logits, parameters, residual, run_blocks
 from fac_jax.errors import UserError, first_line
-from fac_jax.mesh import DATA, FEATURE, sharding
+from fac_jax.mesh import DATA, FEATURE, matmul_dtype, platform, sharding
 from fac_jax.text import resolve
 
 log = logging.getLogger(__name__)
@@ -73,6 +74,11 @@ class Loaded:
         """Compiled `residual` at `layer`: tokens, segments, positions (int32 [b, t]) -> residual, rows over `data`."""
         return self._jit(("residual", layer), _residual_at(layer), (sharding(self.mesh, DATA, None),) * 3)
 
+    def residuals_fn(self, layers: tuple[int, ...], dtype: str) -> Callable[[Any, Any, Any], tuple[Array, ...]]:
+        """Compiled residuals of several layers (rising) from one pass, in the type `dtype`, each as `residual_fn`'s."""
+        key = ("residuals", layers, dtype)
+        return self._jit(key, _residuals_at(layers, dtype), (sharding(self.mesh, DATA, None),) * 3)
+
     def lower_residual(self, layer: int, rows: int, tokens: int) -> Lowered:
         """The program of `residual_fn` for [rows, tokens], not compiled; parameters may be shapes without values."""
         program, state = self._program(_residual_at(layer), (sharding(self.mesh, DATA, None),) * 3)
@@ -88,12 +94,12 @@ class Loaded:
         text = self.tokenizer.backend_tokenizer.to_str() + str(self.tokenizer.chat_template)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
-    def _jit(self, key: Any, compute: Callable[..., Array], inputs: tuple[NamedSharding, ...]) -> Callable[..., Array]:
+    def _jit(self, key: Any, compute: Callable[..., Any], inputs: tuple[NamedSharding, ...]) -> Callable[..., Any]:
         """`compute(model, *inputs)` compiled once, over state that was split once."""
         if key not in self.compiled:
             program, state = self._program(compute, inputs)
 
-            def call(*args: Any) -> Array:
+            def call(*args: Any) -> Any:
                 rows, data = args[0].shape[0], self.mesh.shape[DATA]
                 if rows % data:
                     raise UserError(
@@ -105,7 +111,7 @@ class Loaded:
             self.compiled[key] = call
         return self.compiled[key]
 
-    def _program(self, compute: Callable[..., Array], inputs: tuple[NamedSharding, ...]) -> tuple[Wrapped, Any]:
+    def _program(self, compute: Callable[..., Any], inputs: tuple[NamedSharding, ...]) -> tuple[Wrapped, Any]:
         """The jitted function of `_jit`, and the state that it is called with first."""
         graph, state = nnx.split(self.model)
         placed = jax.tree.map(lambda leaf: leaf.sharding, state)
@@ -124,12 +130,23 @@ def _residual_at(layer: int) -> Callable[..., Array]:
     return compute
 
 
+def _residuals_at(layers: tuple[int, ...], dtype: str) -> Callable[..., tuple[Array, ...]]:
+    def compute(model: Backbone, tokens_bt: Array, segments_bt: Array, positions_bt: Array) -> tuple[Array, ...]:
+        x_btd, found = embed(model, tokens_bt), []
+        for first, last in itertools.pairwise((0, *layers)):
+            x_btd = run_blocks(model, x_btd, segments_bt, positions_bt, first, last)
+            found.append(x_btd.astype(dtype))
+        return tuple(found)
+
+    return compute
+
+
 def load_backbone(source: str, layers: int | None, dtype: str, mesh: Mesh) -> Loaded:
     """Load a backbone onto `mesh`.
 
     `source` is a hub id, a Hugging Face folder, a .gguf file or pkg://PACKAGE/FILE.gguf. With `layers`, only that many
     blocks and the embedding; with None, all of them, the final norm and the unembedding. `dtype` is float32, bfloat16
-    or auto (float32 on CPU, bfloat16 elsewhere).
+    or auto (bfloat16 where the hardware multiplies it).
 
     Raises UserError for a source that cannot be had, a layer the model does not have, and tensors that are missing,
     misshapen or unknown to the architecture (all of them named together).
@@ -138,7 +155,7 @@ def load_backbone(source: str, layers: int | None, dtype: str, mesh: Mesh) -> Lo
     if layers is not None and not 0 <= layers <= config.n_layers:
         raise UserError(f"{source}: the model has {config.n_layers} layers, config asks {layers}; lower backbone.layer")
     if dtype == "auto":
-        dtype = "float32" if mesh.devices.flat[0].platform == "cpu" else "bfloat16"
+        dtype = matmul_dtype(platform(mesh))
     if dtype not in DTYPES:
         raise UserError(f"backbone.dtype is {dtype!r}; choose from {['auto', *DTYPES]}")
     count = config.n_layers if layers is None else layers

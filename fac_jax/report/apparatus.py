@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from fac_jax.config import DataSet, Source, to_yaml
+from fac_jax.config import DataSet, Source, TrainConfig, to_yaml
 from fac_jax.report.blocks import Section, absent, chip, entry, facts, numbers, table, texts, veil
 from fac_jax.report.figures import Series, bar_figure, line_figure, number
 from fac_jax.report.markup import Html, join, tag
@@ -95,10 +95,10 @@ def what_was_run(view: RunView) -> Section:
     rows: list[list[Any]] = [
         ["Language model", tag("code", config.backbone.model)],
         ["Residual stream", f"after {config.backbone.layer} blocks (hidden_states[{config.backbone.layer}])"],
-        *_store(view.summary("activations"), config.train.store),
+        *_store(view.summary("activations"), config.train),
         *_autoencoder(view.sae),
     ]
-    made = "activations" in view.records or config.train.store is not None
+    made = "activations" in view.records or config.train.store is not None or config.train.activations == "live"
     body = join(
         table(texts("What", "Value"), rows),
         None if made else absent("An activation store", "fac harvest CONFIG"),
@@ -108,9 +108,11 @@ def what_was_run(view: RunView) -> Section:
     return Section("run", "Run", "What was run", body)
 
 
-def _store(store: Row, external: str | None) -> list[list[Any]]:
-    if external is not None:
-        return [["Activation store", tag("code", external)]]
+def _store(store: Row, train: TrainConfig) -> list[list[Any]]:
+    if train.activations == "live":
+        return [["Activation store", "none: the autoencoder was trained on rows as the language model computed them"]]
+    if train.store is not None:
+        return [["Activation store", tag("code", train.store)]]
     if not store:
         return []
     heldout = f"{store['validation_rows']:,} rows ({store['validation_rows'] / store['rows']:.1%}), split by document"

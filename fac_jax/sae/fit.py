@@ -2,10 +2,12 @@
 
 Writes `checkpoints/` (all of them together), and each one's `metrics.jsonl` (a line of `Metrics` every `log_every`
 steps) and `validation.jsonl` (a line at every checkpoint: figures on some held-out rows). The data of a step depend on
-nothing but the step, so a run that is killed goes on from its last checkpoint and ends with the same bytes.
+nothing but the step, so a run that is killed goes on from its last checkpoint and ends with the same bytes. Durations,
+which never repeat, are kept apart: `timings.jsonl` has rows a second and the share of the time waited for rows.
 
-The loop never waits for the step it has just started: metrics are read one step late, and a loss or gradient that is
-not finite stops the run with its step, rate and rows before any checkpoint can hold it.
+A thread moves the next batches to the devices, and the loop never waits for the step it has just started: metrics are
+read one step late, and a loss or gradient that is not finite stops the run with its step, rate and rows before any
+checkpoint can hold it.
 """
 
 from __future__ import annotations
@@ -17,23 +19,26 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import BFloat16, Float64
 
-from fac_jax.activations.store import Rows
+from fac_jax.activations.rows import Rows
+from fac_jax.config import TrainConfig
 from fac_jax.distributed import beat, heeding_sigterm, is_first
 from fac_jax.errors import Stopped, UserError
-from fac_jax.mesh import DATA, place_rows
+from fac_jax.mesh import DATA, place_rows, starting
 from fac_jax.progress import progress
 from fac_jax.runs import write_text
 from fac_jax.sae.checkpoint import open_checkpoints, restore_state, save_state
 from fac_jax.sae.metrics import validate
 from fac_jax.sae.model import SAE
+from fac_jax.sae.prefetch import moving_ahead
 from fac_jax.sae.problem import Problem, k_at
 from fac_jax.sae.step import Batch, Metrics, TrainState, init_state, make_train_step, unscaled
 
@@ -65,6 +70,8 @@ class Fitted:
     seconds: float
     rows_per_second: float
     """Without the first step, which compiles."""
+    data_wait: float
+    """Share of the time, again without the first step, that the loop waited for rows."""
 
 
 def fit(
@@ -77,9 +84,9 @@ def fit(
 ) -> Fitted:
     """Train for `train.steps`, from the last checkpoint in `out` if there is one.
 
-    `rows_from(step)` yields (step, this process's rows), endlessly and always the same. The members, which share their
-    train settings, see the same rows: each batch is read and moved to the devices once. `held_out_bd` are rows that
-    every checkpoint is measured on; without them none is better than another.
+    `rows_from(step)` yields (step, this process's rows), endlessly and always the same; a thread reads them. The
+    members, which share their train settings, see the same rows: each batch is read and moved to the devices once.
+    `held_out_bd` are rows that every checkpoint is measured on; without them none is better than another.
 
     Raises Stopped after SIGTERM, with a checkpoint of a step that is the same in every process.
     """
@@ -95,22 +102,26 @@ def fit(
         states = {one.name: init_state(one.problem, mean_d, one.seed, mesh, one.start) for one in members}
         first, states = restore_state(checkpoints, states) or (0, states)
         logs, checks = _open_logs(members, "metrics", first), _open_logs(members, "validation", first + 1)
-        steps = [make_train_step(one.problem, mesh) for one in members]
-        compiled: float | None = None
+        steps, timings = [make_train_step(one.problem, mesh) for one in members], _Timings(out, first)
         waiting: deque[tuple[int, list[Metrics], Rows]] = deque()
         beat(f"the restoring of step {first}; the next one compiles", SLOW_S)
-        with progress("train", (settings.steps - first) * settings.batch_rows, "tokens") as bar:
-            for step, rows in _until(settings.steps, first, rows_from):
-                batch, metrics = to_device(rows, members[0].problem, mesh), []
+        with (
+            moving_ahead(_until(settings.steps, first, rows_from), partial(_moved, members[0].problem, mesh)) as ahead,
+            progress("train", (settings.steps - first) * settings.batch_rows, "tokens") as bar,
+        ):
+            for step, rows, batch in ahead:
+                metrics = []
                 for member, take in zip(members, steps, strict=True):
-                    states[member.name], found = take(states[member.name], batch)
+                    with starting(mesh):
+                        states[member.name], found = take(states[member.name], batch)
                     metrics.append(found)
                 waiting.append((step, metrics, rows))
                 stopping = stop.at(step)
                 save = stopping or (step + 1) % settings.checkpoint_every == 0 or step + 1 == settings.steps
                 while len(waiting) > (0 if save else 1):
-                    bar.advance(settings.batch_rows, _settle(*waiting.popleft(), members, logs))
-                    compiled = compiled or time.monotonic()
+                    settled = waiting.popleft()
+                    bar.advance(settings.batch_rows, _settle(*settled, members, logs))
+                    timings.settled(settled[0], ahead.waited_s, settings)
                     beat(f"step {step}")
                 if save:
                     beat(f"step {step}, at a checkpoint", SLOW_S)
@@ -119,7 +130,7 @@ def fit(
                     beat(f"the checkpoint after step {step}")
                 if stopping and step + 1 < settings.steps:
                     raise Stopped(f"SIGTERM: saved after step {step} of {settings.steps}")
-        ended = time.monotonic()
+        ended, rates = time.monotonic(), timings.overall(settings)
         beat("the last step", SLOW_S)
         if settings.finish == "best" and keep_best:
             checkpoints.wait_until_finished()
@@ -127,9 +138,7 @@ def fit(
             assert best is not None
             logger.info("the best checkpoint is that of step %d of %d", best[0], settings.steps)
             states = best[1]
-    done = max(0, settings.steps - first - 1) * settings.batch_rows
-    speed = done / max(ended - compiled, 1e-9) if compiled else 0.0
-    return Fitted(tuple(states[one.name] for one in members), ended - started, speed)
+    return Fitted(tuple(states[one.name] for one in members), ended - started, **rates)
 
 
 def to_device(rows: Rows, problem: Problem, mesh: Mesh) -> Batch:
@@ -141,6 +150,10 @@ def to_device(rows: Rows, problem: Problem, mesh: Mesh) -> Batch:
         _, sequence_b, counts = np.unique(rows.doc, return_inverse=True, return_counts=True)
         weight_b = (1 / counts[sequence_b]).astype(np.float32)
     return Batch(place_rows(mesh, rows.resid, total), place_rows(mesh, weight_b, total))
+
+
+def _moved(problem: Problem, mesh: Mesh, read: tuple[int, Rows]) -> tuple[int, Rows, Batch]:
+    return *read, to_device(read[1], problem, mesh)
 
 
 def _check(
@@ -158,7 +171,8 @@ def _check(
     saes = [unscaled(states[one.name], one.problem) for one in members]
     asked = [(sae, k if sae.threshold_f is None else None) for sae, k in zip(saes, ks, strict=True)]
     problem = members[0].problem
-    found = validate(asked, [held_out_bd], problem.train.batch_rows, mesh, problem.norm_limit)
+    with starting(mesh):
+        found = validate(asked, [held_out_bd], problem.train.batch_rows, mesh, problem.norm_limit)
     for log, figures in zip(logs, found, strict=False):
         log.add(step, {name: value for name, value in asdict(figures).items() if name != "density"})
     return {"k": max(ks), "fvu": float(np.mean([figures.fvu for figures in found]))}
@@ -179,6 +193,45 @@ class MetricsLog:
             file.write(json.dumps({"step": step, **values}, allow_nan=False) + "\n")
 
 
+class _Moment(NamedTuple):
+    steps: int
+    """Settled so far."""
+    at: float
+    waited_s: float
+    """For rows, so far."""
+
+
+class _Timings:
+    """timings.jsonl, and the same figures over the whole run. They begin after the first step, which compiles."""
+
+    def __init__(self, out: Path, first: int) -> None:
+        self._log = MetricsLog(out / "timings.jsonl", first) if is_first() else None
+        self._begun: _Moment | None = None
+        self._logged = self._now = _Moment(0, 0.0, 0.0)
+
+    def settled(self, step: int, waited_s: float, train: TrainConfig) -> None:
+        """Count a step that has ended; where metrics.jsonl gets a line, so do the steps since the line before."""
+        self._now = _Moment(self._now.steps + 1, time.monotonic(), waited_s)
+        if self._begun is None:
+            self._begun = self._logged = self._now
+        elif is_logged(step, train):
+            if self._log is not None:
+                self._log.add(step, _rates(self._logged, self._now, train))
+            self._logged = self._now
+
+    def overall(self, train: TrainConfig) -> dict[str, float]:
+        """From the end of the first step until now, checkpoints included."""
+        now = self._now._replace(at=time.monotonic())
+        return _rates(self._begun or now, now, train)
+
+
+def _rates(begun: _Moment, now: _Moment, train: TrainConfig) -> dict[str, float]:
+    """Rows a second, and the share of the time waited for rows; 0 where no step was made."""
+    seconds = max(now.at - begun.at, 1e-9)
+    rows, waited_s = (now.steps - begun.steps) * train.batch_rows, now.waited_s - begun.waited_s
+    return {"rows_per_second": rows / seconds, "data_wait": min(1.0, waited_s / seconds)}
+
+
 def _until(
     steps: int, first: int, rows_from: Callable[[int], Iterator[tuple[int, Rows]]]
 ) -> Iterator[tuple[int, Rows]]:
@@ -190,6 +243,11 @@ def _until(
                 return
 
 
+def is_logged(step: int, train: TrainConfig) -> bool:
+    """Whether a step has a line in metrics.jsonl."""
+    return step % train.log_every == 0 or step + 1 == train.steps
+
+
 def _settle(
     step: int, metrics: Sequence[Metrics], rows: Rows, members: Sequence[Member], logs: Sequence[MetricsLog]
 ) -> str:
@@ -199,7 +257,7 @@ def _settle(
     for member, values in zip(members, found, strict=True):
         if not (math.isfinite(values["loss"]) and math.isfinite(values["gradient_norm"])):
             raise UserError(("" if len(members) == 1 else f"{member.name}: ") + _not_finite(step, values, rows))
-    if step % train.log_every == 0 or step + 1 == train.steps:
+    if is_logged(step, train):
         for log, values in zip(logs, found, strict=False):
             log.add(step, values)
     if len(found) > 1:

@@ -21,10 +21,9 @@ from jaxtyping import Array, Float, Int
 
 from fac_jax.config import SaeConfig, TrainConfig
 from fac_jax.errors import UserError
-from fac_jax.mesh import FEATURE
+from fac_jax.mesh import FEATURE, matmul_dtype
 from fac_jax.sae.dense import dense_pays, dense_share
 from fac_jax.sae.reconstruct import Choice
-from fac_jax.sae.select import selecting_dtype
 
 OFFICIAL_ANNEAL = (200, 625)  # K that the published schedule starts from, and its steps
 
@@ -83,7 +82,7 @@ def pose(sae: SaeConfig, train: TrainConfig, d_model: int, median_norm: float, p
             "train.compat official is a tied Top-K SAE with a free decoder norm, and sae asks for another kind: "
             "set train.compat to none, or leave sae.activation, tied, matryoshka and decoder_norm out"
         )
-    auto = "float32" if plain else selecting_dtype(platform)
+    auto = "float32" if plain else matmul_dtype(platform)
     problem = Problem(
         sae=sae,
         train=train,

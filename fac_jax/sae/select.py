@@ -13,7 +13,6 @@ Call them inside `shard_map`: this shard's rows of the batch, and its features.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import NamedTuple
 
 import jax
@@ -102,17 +101,6 @@ def _tiles(features: int, rows: int, k: int, most: int) -> int:
     least = -(-features * rows // most)
     tiles = next(n for n in range(least, features + 1) if features % n == 0)
     return tiles if tiles * k <= features else 1
-
-
-def selecting_dtype(platform: str) -> str:
-    """Input type in which devices of this platform select fastest: bfloat16 wherever the hardware multiplies it."""
-    if platform != "cpu":
-        return "bfloat16"
-    try:
-        flags = set(Path("/proc/cpuinfo").read_text(encoding="utf-8").split())
-    except OSError:
-        return "float32"
-    return "bfloat16" if flags & {"avx512_bf16", "amx_bf16"} else "float32"
 
 
 def batch_threshold(

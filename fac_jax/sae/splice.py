@@ -7,10 +7,11 @@ spliced model predicts as well as the clean one, 0 where it does as badly as wit
 ablates to zero, `loss_recovered`; against the mean residual of the training rows, a stricter yardstick, it is called
 `loss_recovered_mean`.
 
-Reads the whole backbone, the SAE, the mean in the store's manifest, and the first `splice.documents` documents of the
-harvested data set that the store holds out. The residual after `backbone.layer` blocks is replaced on content tokens,
-the kind that the SAE was trained on, whatever their norm; template and special tokens keep theirs. Counted are
-the predictions that content tokens make of content tokens of the same document.
+Reads the whole backbone, the SAE, the mean in the store's manifest (or that a live training noted), and the first
+`splice.documents` documents of the harvested data set that are held out of training. The residual after
+`backbone.layer` blocks is replaced on content tokens, the kind that the SAE was trained on, whatever their norm;
+template and special tokens keep theirs. Counted are the predictions that content tokens make of content tokens of the
+same document.
 
 Writes `splice.json`: the figures, in nats a token, and one greedy answer of the clean and of the spliced model to a
 held-out prompt, as the official code prints during training: a sample to look at, not a measurement.
@@ -32,8 +33,10 @@ from jaxtyping import Bool, Float64
 from transformers import PreTrainedTokenizerFast
 
 from fac_jax.activations.harvest import held_out
+from fac_jax.activations.live import read_statistics
 from fac_jax.activations.manifest import check_holds
-from fac_jax.activations.store import StoreReader
+from fac_jax.activations.reader import StoreReader
+from fac_jax.activations.store import store_of
 from fac_jax.backbone.weights import Loaded, load_backbone
 from fac_jax.config import BackboneConfig, Config
 from fac_jax.errors import UserError
@@ -104,7 +107,7 @@ def splice(config: Config, out: Path, inputs: Mapping[str, Path]) -> dict[str, A
 
 
 def held_out_documents(config: Config, tokenizer: PreTrainedTokenizerFast) -> list[EncodedDocument]:
-    """The first `splice.documents` documents of `harvest.data` that the store holds out, encoded as for it."""
+    """The first `splice.documents` documents of `harvest.data` held out of training, encoded as for it."""
     name, fraction = config.harvest.data, config.harvest.validation_fraction
     dataset = config.dataset(name)
     chosen = (document for document in read_documents(dataset, name, []) if held_out(document.id, fraction))
@@ -232,10 +235,12 @@ def _text(ids: Sequence[int], stop_ids: Sequence[int], tokenizer: PreTrainedToke
 
 
 def _training_mean(config: Config, inputs: Mapping[str, Path]) -> Float64[np.ndarray, " d"] | None:
-    """Mean residual over the training rows; None where there is no store."""
-    store = config.train.store or inputs.get("activations")
+    """Mean residual over the training rows; None where an SAE from outside comes without a store."""
+    if config.train.activations == "live":
+        return np.asarray(read_statistics(inputs["sae"]).mean) if "sae" in inputs else None
+    store = store_of(config, inputs)
     if store is None:
         return None
-    reader = StoreReader(store, "train")
+    reader = StoreReader(store, "train", config.train.on_bad_chunk)
     check_holds(reader.manifest, store, model=config.backbone.model, layer=config.backbone.layer)
     return reader.mean

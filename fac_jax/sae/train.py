@@ -1,8 +1,8 @@
-"""Stages `train` and `sweep`: an activation store to one sparse autoencoder, or to several from one reading of it.
+"""Stages `train` and `sweep`: residuals to one sparse autoencoder, or to several from one reading of them.
 
-Reads the store (training rows through `stream`, held-out rows in order). Writes what `fit.py` writes, and at the end
-`sae.safetensors` and `config.json`; a sweep writes those of each SAE into a folder of its own, and `sweep.json` with
-what each achieved on the held-out rows.
+Reads a store (training rows through `stream`, held-out rows in order), or computes the rows live from a corpus. Writes
+what `fit.py` writes, and at the end `sae.safetensors` and `config.json`; a sweep writes those of each SAE into a folder
+of its own, and `sweep.json` with what each achieved on the held-out rows.
 """
 
 from __future__ import annotations
@@ -10,16 +10,21 @@ from __future__ import annotations
 import itertools
 import json
 import logging
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, replace
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from jax.sharding import Mesh
+from jaxtyping import Float64
 
-from fac_jax.activations.manifest import Manifest, check_holds
-from fac_jax.activations.store import Rows, StoreReader
+from fac_jax.activations.live import LiveRows
+from fac_jax.activations.manifest import check_holds
+from fac_jax.activations.reader import StoreReader
+from fac_jax.activations.rows import Rows
+from fac_jax.activations.store import store_of
 from fac_jax.activations.stream import batches, streams_for
 from fac_jax.config import Config, SaeConfig, TrainConfig, Variant
 from fac_jax.distributed import is_first
@@ -35,44 +40,44 @@ from fac_jax.sae.step import unscaled
 
 logger = logging.getLogger(__name__)
 VALIDATION_BLOCKS = 64  # read from the store at a time
+Spans = Sequence[tuple[int, int]] | None
 NESTING = (0.0625, 0.125, 0.25, 0.5, 1.0)  # of a sweep's Matryoshka variant, where sae.matryoshka says nothing
 
 
 def train(config: Config, out: Path, inputs: Mapping[str, Path]) -> dict[str, Any]:
-    """Train on `train.store` or on the run's own store; returns the summary.
+    """Train on `train.store`, on the run's own store, or live from the backbone; returns the summary.
 
     Raises UserError for a store of another model or layer, sizes that do not fit, a damaged checkpoint, and a loss
     that is not finite.
     """
-    source = _open(config, inputs)
-    problem = pose(config.sae, config.train, source.reader.d_model, source.reader.median_norm, platform(source.mesh))
-    member = Member("sae", problem, config.run.seed, out, _start(config, source))
-    fitted, (figures,) = _make(config, source, [member], out)
+    with _open(config, out, inputs) as source:
+        problem = pose(config.sae, config.train, source.d_model, source.median_norm, platform(source.mesh))
+        member = Member("sae", problem, config.run.seed, out, _start(config, source))
+        fitted, (figures,) = _make(config, source, [member], out)
     return {
         **_trained_on(config.train),
-        "store_rows": source.reader.rows,
-        "epochs": round(config.train.steps * config.train.batch_rows / source.reader.rows, 2),
+        **source.account(),
         "features": config.sae.features,
         "k": config.sae.k,
         **_summary(figures),
-        "median_norm": source.reader.median_norm,
+        "median_norm": source.median_norm,
         "seconds": round(fitted.seconds, 2),
         "tokens_per_second": round(fitted.rows_per_second),
+        "data_wait": round(fitted.data_wait, 4),
     }
 
 
 def sweep(config: Config, out: Path, inputs: Mapping[str, Path]) -> dict[str, Any]:
-    """Train every SAE that `config.sweep` asks for from one reading of the store; returns the summary.
+    """Train every SAE that `config.sweep` asks for from one reading of the rows; returns the summary.
 
     Raises UserError as `train` does.
     """
-    source = _open(config, inputs)
-    start = _start(config, source)
-    scale = source.reader.d_model, source.reader.median_norm, platform(source.mesh)
-    members = [
-        Member(name, pose(sae, config.train, *scale), seed, out / name, start) for name, sae, seed in members_of(config)
-    ]
-    fitted, figures = _make(config, source, members, out)
+    asked = members_of(config)
+    with _open(config, out, inputs) as source:
+        start = _start(config, source)
+        scale = source.d_model, source.median_norm, platform(source.mesh)
+        members = [Member(name, pose(sae, config.train, *scale), seed, out / name, start) for name, sae, seed in asked]
+        fitted, figures = _make(config, source, members, out)
     rows: list[dict[str, Any]] = [
         {"name": member.name, "variant": _variant(member.problem.sae), "features": member.problem.sae.features}
         | {"k": member.problem.sae.k, "seed": member.seed, **asdict(found)}
@@ -83,10 +88,12 @@ def sweep(config: Config, out: Path, inputs: Mapping[str, Path]) -> dict[str, An
         write_text(out / "sweep.json", json.dumps(to_plain(described), indent=2, allow_nan=False) + "\n")
     return {
         **_trained_on(config.train),
+        **source.account(),
         "saes": len(members),
         **{row["name"]: f"fvu {row['fvu']:.4f}, L0 {row['l0']:.1f}, dead {row['dead_fraction']:.1%}" for row in rows},
         "seconds": round(fitted.seconds, 2),
         "tokens_per_second": round(fitted.rows_per_second),
+        "data_wait": round(fitted.data_wait, 4),
     }
 
 
@@ -108,26 +115,80 @@ def members_of(config: Config) -> list[tuple[str, SaeConfig, int]]:
     return members
 
 
-class Source(NamedTuple):
-    """The store, open, and the devices."""
+@dataclass(frozen=True)
+class Source:
+    """Where the rows come from, and the devices that train on them."""
 
-    reader: StoreReader
-    held_out: StoreReader
     mesh: Mesh
+    model: str
+    model_digest: str
+    layer: int
+    d_model: int
+    mean_d: Float64[np.ndarray, " d"]
+    """Mean residual of the training rows."""
+    median_norm: float
+    rows_from: Callable[[int], Iterator[tuple[int, Rows]]]
+    """(step, this process's rows) from a step on."""
+    held_out: Callable[[], Iterable[np.ndarray]]
+    """Blocks of held-out rows, in order."""
+    account: Callable[[], dict[str, Any]]
+    """What the summary says of the rows, once training has ended."""
 
 
-def _open(config: Config, inputs: Mapping[str, Path]) -> Source:
-    store = config.train.store or inputs["activations"]
-    source = Source(StoreReader(store, "train"), StoreReader(store, "validation"), make_mesh(config.mesh))
-    check_holds(source.reader.manifest, store, model=config.backbone.model, layer=config.backbone.layer)
-    return source
+@contextmanager
+def _open(config: Config, out: Path, inputs: Mapping[str, Path]) -> Iterator[Source]:
+    mesh = make_mesh(config.mesh)
+    # The published weights count a document's rows in the whole batch.
+    spans = None if config.train.compat == "official" else own_rows(mesh, config.train.batch_rows)
+    if config.train.activations == "store":
+        yield _from_store(config, inputs, mesh, spans)
+        return
+    with closing(LiveRows(config, out, spans)) as live:
+        yield _from_live(config, live, mesh)
+
+
+def _from_store(config: Config, inputs: Mapping[str, Path], mesh: Mesh, spans: Spans) -> Source:
+    store = store_of(config, inputs)
+    assert store is not None
+    settings, skip = config.train, config.train.on_bad_chunk
+    reader, held_out = StoreReader(store, "train", skip), StoreReader(store, "validation", skip)
+    manifest = reader.manifest
+    check_holds(manifest, store, model=config.backbone.model, layer=config.backbone.layer)
+    streams = streams_for(reader, settings.batch_rows, settings.streams)
+    return Source(
+        *(mesh, manifest.model, manifest.model_digest, manifest.layer, manifest.d_model),
+        mean_d=reader.mean,
+        median_norm=reader.median_norm,
+        rows_from=lambda step: batches(reader, settings.batch_rows, config.run.seed, step, streams, spans),
+        held_out=lambda: _in_order(held_out),
+        account=lambda: {
+            "store_rows": reader.rows,
+            "store_rows_left_out": reader.left_out,
+            "epochs": round(settings.steps * settings.batch_rows / reader.rows, 2),
+        },
+    )
+
+
+def _from_live(config: Config, live: LiveRows, mesh: Mesh) -> Source:
+    found = live.statistics
+    return Source(
+        *(mesh, found.model, found.model_digest, found.layer, len(found.mean)),
+        mean_d=live.mean,
+        median_norm=found.median_norm,
+        rows_from=live.batches,
+        held_out=lambda: [live.held_out_bd],
+        account=lambda: {
+            "activations": "live",
+            "live_buffer_rows": live.streams * live.window_rows,
+            "whole_epochs": live.whole_epochs(),
+        },
+    )
 
 
 def _start(config: Config, source: Source) -> SAE | None:
     if config.train.init is None:
         return None
-    digest = source.reader.manifest.model_digest
-    return load_sae(config.train.init, source.mesh, source.reader.d_model, config.backbone.layer, digest).sae
+    return load_sae(config.train.init, source.mesh, source.d_model, config.backbone.layer, source.model_digest).sae
 
 
 def _make(config: Config, source: Source, members: Sequence[Member], out: Path) -> tuple[Fitted, list[Validation]]:
@@ -135,25 +196,17 @@ def _make(config: Config, source: Source, members: Sequence[Member], out: Path) 
     for member in members:
         for line in decoding_plan(member.problem, source.mesh):
             logger.info("%s: decoding %s", member.name, line)
-    settings, reader = config.train, source.reader
-    streams = streams_for(reader, settings.batch_rows, settings.streams)
-    # The published weights count a document's rows in the whole batch.
-    spans = None if members[0].problem.official else own_rows(source.mesh, settings.batch_rows)
-
-    def rows_from(step: int) -> Iterator[tuple[int, Rows]]:
-        return batches(reader, settings.batch_rows, config.run.seed, step, streams, spans)
-
-    held_out_bd = next(iter(_in_order(source.held_out)))
-    fitted = fit(members, reader.mean, rows_from, source.mesh, out, held_out_bd)
+    held_out_bd = next(iter(source.held_out()))
+    fitted = fit(members, source.mean_d, source.rows_from, source.mesh, out, held_out_bd)
     saes = [unscaled(state, one.problem) for one, state in zip(members, fitted.states, strict=True)]
     asked = [
         (sae, one.problem.sae.k if sae.threshold_f is None else None) for one, sae in zip(members, saes, strict=True)
     ]
     limit = members[0].problem.norm_limit
-    figures = validate(asked, _in_order(source.held_out), settings.batch_rows, source.mesh, limit)
+    figures = validate(asked, source.held_out(), config.train.batch_rows, source.mesh, limit)
     for member, (sae, k), found in zip(members, asked, figures, strict=True):
         metrics = {name: value for name, value in asdict(found).items() if name != "density"}
-        described = _trained_on(settings) | _origin(source.reader.manifest) | {"k": k, "metrics": metrics}
+        described = _trained_on(config.train) | _origin(source) | {"k": k, "metrics": metrics}
         described |= {"variant": _variant(member.problem.sae), "density": found.density}
         save_sae(member.folder, sae, described)
     return fitted, figures
@@ -181,5 +234,5 @@ def _in_order(reader: StoreReader) -> Iterable[np.ndarray]:
         yield reader.read_blocks(blocks[start : start + VALIDATION_BLOCKS]).resid
 
 
-def _origin(manifest: Manifest) -> dict[str, Any]:
-    return {"layer": manifest.layer, "model": manifest.model, "model_digest": manifest.model_digest}
+def _origin(source: Source) -> dict[str, Any]:
+    return {"layer": source.layer, "model": source.model, "model_digest": source.model_digest}

@@ -5,9 +5,10 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import numpy as np
@@ -17,8 +18,18 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from fac_jax.activations import harvest as module
-from fac_jax.activations.harvest import describe, harvest, harvest_documents, writer_name
-from fac_jax.activations.store import SPLITS, StoreReader, complete_store, create_store, read_manifest
+from fac_jax.activations.harvest import describe, harvest, harvest_documents
+from fac_jax.activations.manifest import SPLITS
+from fac_jax.activations.reader import StoreReader
+from fac_jax.activations.store import (
+    complete_store,
+    create_store,
+    find_store,
+    layer_path,
+    read_manifest,
+    store_of,
+    writer_name,
+)
 from fac_jax.config import BackboneConfig, Config, DataSet, HarvestConfig, RunConfig, Source
 from fac_jax.errors import UserError
 from fac_jax.mesh import DATA, sharding
@@ -50,12 +61,12 @@ class FakeBackbone:
         self.digest, self.tokenizer_digest, self.dtype = "0123", "4567", "float32"
         self.mesh, self.stop_at, self.stop_with, self.batches = mesh, stop_at, stop_with, 0
 
-    def residual_fn(self, layer: int) -> Any:
+    def residuals_fn(self, layers: tuple[int, ...], dtype: str) -> Any:
         def compute(tokens: Any, segments: Any, positions: Any) -> Any:
             if self.batches == self.stop_at and self.stop_with is not None:
                 raise self.stop_with
             self.batches += 1
-            made = residual(tokens, positions)
+            made = tuple((residual(tokens, positions) * 2.0 ** (layer - 3)).astype(dtype) for layer in layers)
             return jax.device_put(made, None if self.mesh is None else sharding(self.mesh, DATA, None, None))
 
         return compute
@@ -91,13 +102,15 @@ def expected(config: Config) -> dict[str, set[tuple[int, int, int]]]:
     return found
 
 
-def stored(out: Path) -> dict[str, set[tuple[int, int, int]]]:
+def stored(out: Path, layer: int = 3) -> dict[str, set[tuple[int, int, int]]]:
     """The same from the store; every row's residual is checked to be the one of its token and position."""
     found: dict[str, set[tuple[int, int, int]]] = {}
     for split in SPLITS:
-        reader = StoreReader(out, split)
+        reader = StoreReader(layer_path(out, layer), split)
         rows = reader.read_blocks(range(len(reader.block_rows)))
-        np.testing.assert_array_equal(rows.resid.astype(np.float32), residual(rows.token, rows.position))
+        np.testing.assert_array_equal(
+            rows.resid.astype(np.float32), residual(rows.token, rows.position) * 2.0 ** (layer - 3)
+        )
         origin = list(zip(rows.doc.tolist(), rows.position.tolist(), rows.token.tolist(), strict=True))
         found[split] = set(origin)
         assert len(found[split]) == len(origin)
@@ -111,12 +124,19 @@ def test_every_content_token_once(config: Config, tmp_path: Path, mesh: Mesh, mo
     assert summary["train_rows"] == len(wanted["train"]) and summary["validation_rows"] == len(wanted["validation"])
     assert summary["rows"] == summary["content_tokens"] == len(wanted["train"]) + len(wanted["validation"])
     assert summary["documents"] == 300 and summary["documents_at_max_tokens"] > 20 and summary["malformed_rows"] == 0
-    assert summary["dropped_template"] == summary["real_tokens"] - summary["rows"]
+    # <s> user ... </s>: two special tokens and one of the template a document, where it was not cut before the end
+    documents = [
+        encode(document, FakeBackbone().tokenizer, 24) for document in read_documents(config.data["corpus"], "")
+    ]
+    assert summary["dropped_special"] == sum(int(np.isin(item.ids, (0, 1)).sum()) for item in documents) > 300
+    assert summary["dropped_template"] == sum(int((item.ids == 2).sum()) for item in documents) == 300
+    dropped = sum(summary[f"dropped_{reason}"] for reason in ("special", "template", "other_turns", "outliers"))
+    assert dropped == summary["real_tokens"] - summary["rows"]
     assert summary["dropped_padding"] == summary["computed_tokens"] - summary["real_tokens"]
     assert summary["packing_efficiency"] == summary["real_tokens"] / summary["computed_tokens"] > 0.9
-    assert summary["bytes"] == sum(f.stat().st_size for f in (tmp_path / "out").rglob("*") if f.is_file())
+    assert summary["bytes"] == sum(f.stat().st_size for f in (tmp_path / "out/layer-03").rglob("*") if f.is_file())
     json.dumps(summary, allow_nan=False)
-    manifest = read_manifest(tmp_path / "out")
+    manifest = read_manifest(tmp_path / "out/layer-03")
     assert (manifest.layer, manifest.d_model, manifest.model_digest) == (3, WIDTH, "0123")
 
 
@@ -150,45 +170,124 @@ def test_what_is_done_is_not_done_again(config: Config, tmp_path: Path, monkeypa
 def test_the_next_batch_begins_before_this_one_is_fetched(
     config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    events: list[tuple[str, int]] = []
-    store, begin = module._store, module._residual
+    events: list[str] = []
+    store, backbone = module._store, FakeBackbone()
 
-    def begun(loaded: Any, batch: Any, layer: int) -> Any:
-        events.append(("begun", batch.first))
-        return begin(loaded, batch, layer)
+    def fetched(*arguments: Any) -> None:
+        events.append(f"fetched with {backbone.batches} begun")
+        store(*arguments)
 
-    def fetched(writer: Any, fraction: float, batch: Any, *rest: Any) -> None:
-        events.append(("fetched", batch.first))
-        store(writer, fraction, batch, *rest)
-
-    monkeypatch.setattr(module, "_residual", begun)
     monkeypatch.setattr(module, "_store", fetched)
-    run(monkeypatch, config, tmp_path / "out", FakeBackbone())
-    firsts = [first for name, first in events if name == "begun"]
-    assert len(firsts) > 10
-    for here, following in zip(firsts, firsts[1:], strict=False):
-        assert events.index(("begun", following)) < events.index(("fetched", here))
+    run(monkeypatch, config, tmp_path / "out", backbone)
+    assert backbone.batches > 10
+    expected = [f"fetched with {min(number + 2, backbone.batches)} begun" for number in range(backbone.batches)]
+    assert events == expected
 
 
 def test_processes_share_the_corpus(config: Config, tmp_path: Path) -> None:
     config = dataclasses.replace(config, harvest=dataclasses.replace(config.harvest, tokens=None))
     loaded: Any = FakeBackbone()
-    manifest = describe(config, loaded, writers=3)
-    create_store(tmp_path / "out", manifest)
+    manifest, path = describe(config, loaded, 3, writers=3), layer_path(tmp_path / "out", 3)
+    create_store(path, manifest)
     for index in (2, 0, 1):
-        assert harvest_documents(config, loaded, manifest, tmp_path / "out", index) > 0
-    totals = complete_store(tmp_path / "out", [writer_name(index) for index in range(3)])
+        assert harvest_documents(config, loaded, {path: manifest}, index) > 0
+    totals = complete_store(path, [writer_name(index) for index in range(3)])
     assert totals.counts["documents"] == 300
     assert stored(tmp_path / "out") == expected(config)
 
 
-def test_a_store_of_another_layer_is_left_alone(
+def test_a_store_of_something_else_is_left_alone(
     config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run(monkeypatch, config, tmp_path / "out", FakeBackbone())
-    deeper = dataclasses.replace(config, backbone=dataclasses.replace(config.backbone, layer=4))
-    with pytest.raises(UserError, match="holds layer 3, config asks 4: harvest into another run.dir, or delete"):
-        run(monkeypatch, deeper, tmp_path / "out", FakeBackbone())
+    other = harvesting(config, norm_filter=10.0)
+    with pytest.raises(
+        UserError, match="holds .*norm_filter 0.0, config asks .*harvest into another run.dir, or delete"
+    ):
+        run(monkeypatch, other, tmp_path / "out", FakeBackbone())
+
+
+def test_several_layers_from_one_pass(config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    several, backbone = harvesting(config, layers=(6, 1)), FakeBackbone()
+    summary = run(monkeypatch, several, tmp_path / "out", backbone)
+    assert summary["layers"] == "1 3 6"
+    for layer in (1, 3, 6):
+        assert stored(tmp_path / "out", layer) == expected(config)
+        found = find_store(tmp_path / "out", layer)
+        assert read_manifest(found).layer == layer and found == str(tmp_path / f"out/layer-{layer:02d}")
+    with pytest.raises(UserError, match="holds layers 1, 3, 6, config asks 4: set harvest.layers"):
+        find_store(tmp_path / "out", 4)
+    single = FakeBackbone()
+    run(monkeypatch, config, tmp_path / "single", single)
+    assert single.batches == backbone.batches
+    assert contents(tmp_path / "single/layer-03") == contents(tmp_path / "out/layer-03")
+
+
+def test_a_layer_is_added_to_a_store(config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    several = harvesting(config, layers=(6,))
+    run(monkeypatch, several, tmp_path / "together", FakeBackbone())
+    with pytest.raises(KeyboardInterrupt):
+        run(monkeypatch, several, tmp_path / "out", FakeBackbone(stop_at=5, stop_with=KeyboardInterrupt()))
+    shutil.rmtree(tmp_path / "out/layer-06")  # layer 3 is ahead of layer 6 now
+    run(monkeypatch, several, tmp_path / "out", FakeBackbone())
+    assert contents(tmp_path / "out") == contents(tmp_path / "together")
+
+
+def test_rows_of_an_outlying_norm_are_left_out_and_counted(
+    config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = run(monkeypatch, config, tmp_path / "plain", FakeBackbone())
+    summary = run(monkeypatch, harvesting(config, norm_filter=1.2), tmp_path / "out", FakeBackbone())
+    wanted, dropped = 0, 0
+    for number in range(100):  # shard by shard of the unfiltered store: each has its own median
+        parts = [
+            np.linalg.norm(residual(rows.token, rows.position).astype(np.float64), axis=1)
+            for split in SPLITS
+            if (rows := shard_rows(tmp_path / "plain/layer-03", number, split)) is not None
+        ]
+        if parts:
+            norms = np.concatenate(parts)
+            dropped += int((norms > 1.2 * np.median(norms)).sum())
+            wanted += int((norms <= 1.2 * np.median(norms)).sum())
+    assert summary["dropped_outliers"] == dropped > 10 and summary["rows"] == wanted == plain["rows"] - dropped
+    assert plain["dropped_outliers"] == 0 and summary["content_tokens"] == plain["content_tokens"]
+
+
+def shard_rows(path: Path, number: int, split: Any) -> Any:
+    """The rows of one part of one shard."""
+    reader = StoreReader(path, split)
+    chosen = [i for i, (name, _) in enumerate(reader._parts) if f"/{number:06d}/" in name]
+    return reader.read_blocks(np.flatnonzero(np.isin(reader._shard_of, chosen))) if chosen else None
+
+
+@pytest.mark.parametrize("dtype", ["float16", "int8"])
+def test_other_storage_types(
+    config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: Literal["float16", "int8"]
+) -> None:
+    summary = run(monkeypatch, harvesting(config, dtype=dtype), tmp_path / "out", FakeBackbone())
+    reader = StoreReader(tmp_path / "out/layer-03")
+    rows = reader.read_blocks(range(len(reader.block_rows)))
+    exact = residual(rows.token, rows.position)
+    error = np.square(rows.resid.astype(np.float64) - exact).sum(1).mean()
+    variance = np.square(exact - exact.mean(0)).sum(1).mean()
+    if dtype == "float16":
+        assert rows.resid.dtype == np.float16 and error == 0 and "rounding_fvu" not in summary
+    else:
+        assert np.abs(rows.resid.astype(np.float32) - exact).max() <= exact.max() / 127 / 2 + exact.max() * 2**-9
+        # the reader's bfloat16 adds its own rounding to that of int8
+        assert 0.5 * error / variance < summary["rounding_fvu"] <= error / variance < 1e-3
+
+
+def test_the_rows_may_lie_elsewhere(config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    url = (tmp_path / "elsewhere").as_uri()
+    summary = run(monkeypatch, harvesting(config, store=url), tmp_path / "out", FakeBackbone())
+    assert stored(tmp_path / "elsewhere") == expected(config) and summary["bytes"] > 0
+    assert json.loads((tmp_path / "out/store.json").read_text()) == {"store": url, "layers": [3]}
+    assert store_of(harvesting(config, store=url), {"activations": tmp_path / "out"}) == layer_path(url, 3)
+
+
+def harvesting(config: Config, **changes: Any) -> Config:
+    return dataclasses.replace(config, harvest=dataclasses.replace(config.harvest, **changes))
 
 
 def with_text(config: Config, path: Path, text: str, **changes: Any) -> Config:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+from dataclasses import fields, replace
 from itertools import islice
 from pathlib import Path
 
@@ -10,8 +13,12 @@ import numpy as np
 import pytest
 
 from fac_jax.activations import stream
-from fac_jax.activations.store import Rows, StoreReader, StoreWriter, complete_store, create_store
+from fac_jax.activations.reader import StoreReader
+from fac_jax.activations.rows import Rows
+from fac_jax.activations.store import complete_store, create_store
 from fac_jax.activations.stream import batch_function, batches, streams_for
+from fac_jax.activations.writer import StoreWriter
+from fac_jax.config import HarvestConfig
 from fac_jax.errors import UserError
 from tests.activations.tiny_store import WIDTH, manifest
 
@@ -83,8 +90,8 @@ def test_hosts_read_their_rows_of_the_same_batch(
 
 def test_a_host_reads_only_the_streams_of_its_rows(reader: StoreReader, monkeypatch: pytest.MonkeyPatch) -> None:
     read: set[int] = set()
-    read_blocks = reader.read_blocks
-    monkeypatch.setattr(reader, "read_blocks", lambda blocks: (read.update(map(int, blocks)), read_blocks(blocks))[1])
+    begin = reader.begin
+    monkeypatch.setattr(reader, "begin", lambda blocks: (read.update(map(int, blocks)), begin(blocks))[1])
     for start, stop in ((0, 60), (60, 120)):
         before, read = read, set()
         share = batch_function(reader, 120, seed=0, streams=2, spans=[(start, stop)])
@@ -112,30 +119,95 @@ def test_a_damaged_shard_stops_the_stream(store: Path) -> None:
         list(islice(batches(StoreReader(store), 100, 0), 20))
 
 
-def variance_of_a_document_effect(path: Path, shuffle_seed: int, blocks_mixed: int) -> float:
-    """Variance of the batch mean of an effect that each document has, in units of what independent rows would give."""
-    stream.WINDOW_BLOCKS, kept = blocks_mixed, stream.WINDOW_BLOCKS
-    try:
-        batch = batch_function(StoreReader(path), 256, seed=shuffle_seed)
-    finally:
-        stream.WINDOW_BLOCKS = kept
-    effect = np.random.default_rng(1).standard_normal(1000)
-    means = [effect[batch(step).doc.astype(int)].mean() for step in range(250)]  # one epoch
-    return float(np.var(means) * 256)
+DOCUMENT_TOKENS, DOCUMENTS, EFFECTS = 286, 3600, 64
+
+
+def variance_of_a_document_effect(path: Path, blocks_mixed: int) -> float:
+    """Variance of the mean over a batch of 4,096 of effects that each document has, in units of what independent rows
+    would give."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(stream, "WINDOW_BLOCKS", blocks_mixed)
+        batch = batch_function(StoreReader(path), 4096, seed=0, streams=8)
+    effect_de = np.random.default_rng(1).standard_normal((DOCUMENTS, EFFECTS))
+    steps = DOCUMENTS * DOCUMENT_TOKENS // 4096  # one epoch
+    means_se = np.stack([effect_de[batch(step).doc.astype(int)].mean(0) for step in range(steps)])
+    return float(np.var(means_se, axis=0).mean() * 4096)
 
 
 def test_rows_of_a_document_are_far_apart(tmp_path: Path) -> None:
-    described = manifest(shard_rows=8_192)
+    described = replace(manifest(shard_rows=HarvestConfig().shard_rows), d_model=2)
     create_store(tmp_path, described)
-    writer = StoreWriter(tmp_path, described, "p0000")
-    for index in range(64):  # 64,000 rows, 64 of each document, in the order of the corpus
-        token = np.arange(index * 1000, (index + 1) * 1000, dtype=np.int32)
-        resid = np.zeros((1000, WIDTH), ml_dtypes.bfloat16)
-        rows = Rows(resid, (token // 64).astype(np.uint64), (token % 64).astype(np.int32), token)
-        writer.append(index, {}, rows, np.zeros(1000, bool))
-    writer.finish({})
+    with StoreWriter(tmp_path, described, "p0000") as writer:
+        for index in range(36):  # in the order of the corpus
+            token = np.arange(100 * DOCUMENT_TOKENS, dtype=np.int32)
+            doc = (token // DOCUMENT_TOKENS + index * 100).astype(np.uint64)
+            resid = np.ones((len(token), 2), ml_dtypes.bfloat16)
+            rows = Rows(resid, doc, token % DOCUMENT_TOKENS, token)
+            writer.append(index, {}, rows, np.zeros(len(token), bool))
+        writer.finish({})
     complete_store(tmp_path, ["p0000"])
-    mixed = np.mean([variance_of_a_document_effect(tmp_path, seed, 64) for seed in range(3)])
-    unmixed = np.mean([variance_of_a_document_effect(tmp_path, seed, 1) for seed in range(3)])
-    print(f"variance of a per-document effect: {mixed:.2f} mixed, {unmixed:.2f} with windows of one block")
-    assert mixed < 1.3 < unmixed
+    mixed, unmixed = (variance_of_a_document_effect(tmp_path, blocks) for blocks in (stream.WINDOW_BLOCKS, 8))
+    print(f"variance of a per-document effect: {mixed:.2f} mixed, {unmixed:.2f} with windows of one block a stream")
+    assert 0.9 < mixed < 1.2 < 1.4 < unmixed
+
+
+def test_hosts_come_and_go(reader: StoreReader) -> None:
+    """1, 2 and 4 hosts give the same rows at every step; stopped at 4 hosts, it goes on with 2."""
+    alone = dict(islice(batches(reader, 120, seed=5, streams=4), 30))
+
+    def of_hosts(count: int, start: int, stop: int) -> dict[int, Rows]:
+        size = 120 // count
+        spans = [[(host * size, (host + 1) * size)] for host in range(count)]
+        each = [dict(islice(batches(reader, 120, 5, start, 4, span), stop - start)) for span in spans]
+        return {step: joined([host[step] for host in each]) for step in range(start, stop)}
+
+    for count in (2, 4):
+        assert all(same(rows, alone[step]) for step, rows in of_hosts(count, 0, 30).items())
+    resumed = of_hosts(4, 0, 13) | of_hosts(2, 13, 30)
+    assert list(resumed) == list(alone) and all(same(resumed[step], alone[step]) for step in alone)
+    blocks = np.random.default_rng([5, 0]).permutation(len(reader.block_rows))
+    lengths = [int(reader.block_rows[blocks[index::4]].sum()) for index in range(4)]
+    of_stream = [
+        np.concatenate([rows.token[index * 30 : (index + 1) * 30] for rows in resumed.values()])[:length]
+        for index, length in enumerate(lengths)
+    ]
+    every = reader.read_blocks(range(len(reader.block_rows))).token
+    assert np.array_equal(np.sort(np.concatenate(of_stream)), np.sort(every)), "an epoch holds every row once"
+
+
+def joined(parts: list[Rows]) -> Rows:
+    return Rows(*(np.concatenate([getattr(part, f.name) for part in parts]) for f in fields(Rows)))
+
+
+MEMORY = """
+import resource, sys
+from itertools import islice
+from fac_jax.activations.reader import StoreReader
+from fac_jax.activations.stream import batches
+rows = 0
+for step, batch in islice(batches(StoreReader(sys.argv[1]), 1024, seed=0, streams=8), int(sys.argv[2])):
+    rows += len(batch)
+print(rows, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+"""
+
+
+def test_memory_does_not_grow_with_the_store(tmp_path: Path) -> None:
+    peaks = []
+    for name, shards in (("small", 4), ("large", 40)):
+        described = replace(manifest(shard_rows=8192), d_model=512)
+        create_store(tmp_path / name, described)
+        with StoreWriter(tmp_path / name, described, "p0000") as writer:
+            for index in range(shards):
+                resid = np.full((8192, 512), index, ml_dtypes.bfloat16)
+                token = np.arange(8192, dtype=np.int32)
+                rows = Rows(resid, token.astype(np.uint64), token, token)
+                writer.append(index, {}, rows, np.zeros(8192, bool))
+            writer.finish({})
+        complete_store(tmp_path / name, ["p0000"])
+        command = [sys.executable, "-c", MEMORY, str(tmp_path / name), str(shards * 8)]
+        done = subprocess.run(command, check=True, capture_output=True, text=True, cwd=Path(__file__).parents[2])
+        seen, peak = map(int, done.stdout.split())
+        assert seen == shards * 8192
+        peaks.append(peak)
+    print(f"peak RSS: {peaks[0] / 1024:.0f} MiB for 32 MiB of rows, {peaks[1] / 1024:.0f} MiB for 320 MiB")
+    assert peaks[1] < 1.1 * peaks[0]

@@ -9,7 +9,9 @@ import ml_dtypes
 import numpy as np
 
 from fac_jax.activations.manifest import Manifest
-from fac_jax.activations.store import Rows, StoreWriter, complete_store, create_store
+from fac_jax.activations.rows import Rows
+from fac_jax.activations.store import complete_store, create_store
+from fac_jax.activations.writer import StoreWriter
 
 WIDTH = 16
 
@@ -30,17 +32,17 @@ def batch_rows(index: int, rows: int) -> tuple[Rows, np.ndarray]:
     return made, doc % 4 == 3
 
 
-def fill(path: Path, described: Manifest, batches: int, rows: int, step: int = 10) -> None:
+def fill(path: Path | str, described: Manifest, batches: int, rows: int, step: int = 10) -> None:
     """Write `batches` batches that begin at documents 0, `step`, ..., and complete the store."""
     create_store(path, described)
-    writer = StoreWriter(path, described, "p0000")
-    for index in range(batches):
-        writer.append(index * step, {"batches": index}, *batch_rows(index, rows))
-    writer.finish({"batches": batches})
+    with StoreWriter(path, described, "p0000") as writer:
+        for index in range(batches):
+            writer.append(index * step, {"batches": index}, *batch_rows(index, rows))
+        writer.finish({"batches": batches})
     complete_store(path, ["p0000"])
 
 
 def contents(path: Path) -> dict[str, str]:
-    """SHA-256 of every file below `path`."""
-    files = (file for file in sorted(path.rglob("*")) if file.is_file())
+    """SHA-256 of every file below `path`, but for those that say who is writing."""
+    files = (file for file in sorted(path.rglob("*")) if file.is_file() and file.parent.name != "claims")
     return {str(file.relative_to(path)): hashlib.sha256(file.read_bytes()).hexdigest() for file in files}

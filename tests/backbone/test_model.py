@@ -185,3 +185,14 @@ def test_rows_must_divide_over_the_mesh(tmp_path: Path, mesh_2x4: Mesh) -> None:
     loaded = load_backbone(str(tmp_path), 1, "float32", mesh_2x4)
     with pytest.raises(UserError, match=r"3 rows do not divide over mesh.data=2"):
         loaded.residual_fn(1)(*whole(random_tokens(3, 4)))
+
+
+def test_several_layers_come_from_one_pass(tiny: Loaded) -> None:
+    tokens_bt = np.random.default_rng(0).integers(0, 60, (8, 24)).astype(np.int32)
+    found = tiny.residuals_fn((1, 3), "bfloat16")(*whole(tokens_bt))
+    for layer, resid_btd in zip((1, 3), found, strict=True):
+        alone = np.asarray(tiny.residual_fn(layer)(*whole(tokens_bt)))
+        assert (
+            resid_btd.dtype == "bfloat16"
+            and np.abs(np.asarray(resid_btd, np.float32) - alone).max() < 0.01 * np.abs(alone).max()
+        )

@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import httpx
 import huggingface_hub
+import jax
 import numpy as np
 import pytest
 from huggingface_hub.errors import EntryNotFoundError, RepositoryNotFoundError
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 from safetensors.numpy import load_file, save_file
 
 from fac_jax.backbone import weights
+from fac_jax.backbone.config import read_model_config
+from fac_jax.backbone.hf_folder import SafetensorsFiles
+from fac_jax.backbone.model import parameters
 from fac_jax.backbone.weights import load_backbone, load_tokenizer
 from fac_jax.errors import UserError
 from tests.backbone.tiny_backbone import tiny_tokenizer, write_model
@@ -38,6 +44,42 @@ def test_parameters_equal_the_files_and_lie_in_their_shards(tmp_path: Path, mesh
     shapes = {name: model.blocks[name][...].addressable_shards[0].data.shape for name in ("w_q", "w_k", "w_o", "w_up")}
     assert shapes == {"w_q": (3, 32, 8), "w_k": (3, 32, 4), "w_o": (3, 8, 32), "w_up": (3, 32, 12)}
     assert model.embed_vd[...].addressable_shards[0].data.shape == (65, 32)
+
+
+def test_a_host_reads_only_the_bytes_of_its_shards(
+    tmp_path: Path, mesh_2x4: Mesh, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two hosts with two of four feature shards each: jax asks each only for the slices of its own devices."""
+    write_model(tmp_path)
+    table = parameters(read_model_config(tmp_path / "config.json"), 3, True, feature=4)
+    place = jax.make_array_from_callback
+    read: dict[str, int] = {}
+    of_files = SafetensorsFiles.read
+
+    def counted(self: SafetensorsFiles, name: str, index: tuple[slice, ...]) -> np.ndarray:
+        found = of_files(self, name, index)
+        read[name] = read.get(name, 0) + found.nbytes
+        return found
+
+    def of_host(shape: tuple[int, ...], placed: NamedSharding, piece: Callable[[Any], np.ndarray]) -> jax.Array:
+        own = {device for row in mesh_2x4.devices for device in row[2:]}
+        for device, index in placed.devices_indices_map(shape).items():
+            if device in own:
+                piece(index)
+        return place(
+            shape,
+            placed,
+            lambda index: np.zeros([len(range(*s.indices(n))) for s, n in zip(index, shape, strict=True)]),
+        )
+
+    monkeypatch.setattr(SafetensorsFiles, "read", counted)
+    monkeypatch.setattr(jax, "make_array_from_callback", of_host)
+    load_backbone(str(tmp_path), None, "float32", mesh_2x4)
+    sizes = {name: tensor.nbytes for name, tensor in load_file(tmp_path / "model.safetensors").items()}
+    for parameter in table.values():
+        for layer in range(parameter.shape[0] if parameter.stacked else 1):
+            name = parameter.source.format(layer)
+            assert read[name] == sizes[name] // (2 if "feature" in parameter.spec else 1), name
 
 
 def test_heads_that_do_not_divide_are_replicated_and_it_is_said(

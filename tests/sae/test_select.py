@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +13,7 @@ from jax.sharding import PartitionSpec as P
 
 from fac_jax.mesh import DATA, FEATURE
 from fac_jax.sae import select as module
-from fac_jax.sae.select import Among, batch_threshold, select, selecting_dtype
+from fac_jax.sae.select import Among, batch_threshold, select
 
 F, D, B = 96, 24, 40
 
@@ -76,10 +75,3 @@ def test_threshold_of_a_batch_is_the_nk_th_value(k: int, mesh: Mesh) -> None:
     wanted = k * counted_b.sum()
     want = positive[wanted - 1] if wanted <= len(positive) else np.float32(1e-45)
     assert float(jax.jit(run)(val_bk, counted_b)) == want
-
-
-def test_cpu_selects_in_what_it_multiplies(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Path, "read_text", lambda self, encoding: "flags : fpu avx512f avx512_bf16 gfni")
-    assert selecting_dtype("cpu") == "bfloat16"
-    monkeypatch.setattr(Path, "read_text", lambda self, encoding: "flags : fpu avx512f")
-    assert selecting_dtype("cpu") == "float32"

@@ -13,7 +13,8 @@ import pytest
 from jax.sharding import Mesh
 
 from fac_jax.activations.harvest import harvest, held_out
-from fac_jax.activations.store import StoreReader
+from fac_jax.activations.reader import StoreReader
+from fac_jax.activations.store import layer_path
 from fac_jax.backbone.weights import load_backbone
 from fac_jax.config import BackboneConfig, Config, DataSet, HarvestConfig, MeshConfig, ScanConfig, Source, SpliceConfig
 from fac_jax.errors import UserError
@@ -27,7 +28,7 @@ from tests.backbone.test_model import hugging_face
 from tests.backbone.tiny_backbone import tiny_tokenizer
 
 LAYER, FEATURES, K, D = 2, 64, 4, 32
-GEOMETRY = BackboneConfig(layer=LAYER, rows_per_batch=4, row_tokens=96)
+GEOMETRY = BackboneConfig(layer=LAYER, dtype="float32", rows_per_batch=4, row_tokens=96)
 WORDS = "the sea is deep and the path there is thin with thorns that thrive on both sides of the other thing".split()
 
 
@@ -232,7 +233,7 @@ def test_the_answers_are_those_of_transformers_with_a_hook(
     def greedy(replace: Any) -> str:
         ids, content = item.ids, item.content
         for _ in range(12):
-            log_p = hooked(model, EncodedDocument(item.document, ids, content), replace)[-1]
+            log_p = hooked(model, EncodedDocument(item.document, ids, content, {}), replace)[-1]
             if int(log_p.argmax()) == 258:
                 break
             ids, content = np.append(ids, np.int32(log_p.argmax())), np.append(content, True)
@@ -262,7 +263,7 @@ def test_the_stage_measures_what_the_store_holds_out(config: Config, tmp_path: P
     harvest(config, tmp_path / "activations", {})
     loaded = load_backbone(config.backbone.model, None, "float32", make_mesh(config.mesh))
     chosen = held_out_documents(config, loaded.tokenizer)
-    reader = StoreReader(tmp_path / "activations", "validation")
+    reader = StoreReader(layer_path(tmp_path / "activations", LAYER), "validation")
     stored = reader.read_blocks(np.arange(len(reader.block_rows))).doc
     assert len(chosen) == 5 and {int(item.document.id, 16) for item in chosen} <= set(stored.tolist())
     assert all(held_out(item.document.id, 0.3) for item in chosen)
@@ -280,7 +281,7 @@ def test_the_stage_measures_what_the_store_holds_out(config: Config, tmp_path: P
     inputs = {"sae": tmp_path / "sae", "activations": tmp_path / "activations"}
     (tmp_path / "splice").mkdir()
     summary = splice(config, tmp_path / "splice", inputs)
-    mean_d = StoreReader(tmp_path / "activations", "train").mean
+    mean_d = StoreReader(layer_path(tmp_path / "activations", LAYER), "train").mean
     assert summary == dataclasses.asdict(measure(chosen, loaded, sae, mean_d, config.backbone))
     product = json.loads((tmp_path / "splice/splice.json").read_text())
     assert summary.items() <= product.items() and set(product["sample"]) == {"document", "prompt", "clean", "spliced"}

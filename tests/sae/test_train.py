@@ -17,10 +17,11 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh
 
-from fac_jax.activations.store import Rows
+from fac_jax.activations.rows import Rows
 from fac_jax.activations.stream import batches
 from fac_jax.config import BackboneConfig, Config, MeshConfig, SaeConfig, SweepConfig, TrainConfig
 from fac_jax.errors import UserError
+from fac_jax.sae import fit as fit_module
 from fac_jax.sae import train as module
 from fac_jax.sae.checkpoint import load_sae, read_card
 from fac_jax.sae.fit import Fitted, Member, fit, to_device
@@ -70,6 +71,27 @@ def test_metrics_are_named_and_finite(undisturbed: tuple[Path, Fitted]) -> None:
     }  # fmt: skip
     assert lines[-1]["loss"] < lines[0]["loss"] and lines[-1]["l0"] <= 4
     assert fitted.rows_per_second > 0 and fitted.states[0].step == 14
+
+
+def test_the_share_of_time_waited_for_rows(tmp_path: Path, mesh_1x1: Mesh, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Next to none where steps are the slower side, nearly all where reading is; in lines of their own."""
+    make_train_step = fit_module.make_train_step
+
+    def slow_steps(*given: Any) -> Any:
+        take = make_train_step(*given)
+        return lambda *args: (time.sleep(0.05), take(*args))[1]
+
+    def slow_reading(step: int) -> Iterator[tuple[int, Rows]]:
+        return ((time.sleep(0.05), pair)[1] for pair in rows_from(step))
+
+    waited = run(tmp_path / "slow reading", mesh_1x1, slow_reading)
+    monkeypatch.setattr(fit_module, "make_train_step", slow_steps)
+    ready = run(tmp_path / "slow steps", mesh_1x1)
+    print(f"waited for rows: {ready.data_wait:.2%} of slow steps, {waited.data_wait:.2%} of slow reading")
+    assert ready.data_wait < 0.05 < 0.6 < waited.data_wait <= 1
+    lines = [json.loads(line) for line in (tmp_path / "slow steps" / "timings.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [3, 6, 9, 12, 13]  # the first step compiles
+    assert all(line["data_wait"] < 0.05 and line["rows_per_second"] > 0 for line in lines)
 
 
 def test_stopped_and_continued_is_undisturbed(undisturbed: tuple[Path, Fitted], tmp_path: Path, mesh_1x1: Mesh) -> None:

@@ -8,7 +8,9 @@ import ml_dtypes
 import numpy as np
 
 from fac_jax.activations.manifest import Manifest
-from fac_jax.activations.store import Rows, StoreWriter, complete_store, create_store
+from fac_jax.activations.rows import Rows
+from fac_jax.activations.store import complete_store, create_store
+from fac_jax.activations.writer import StoreWriter
 
 WIDTH = 16
 

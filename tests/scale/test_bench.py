@@ -1,89 +1,27 @@
-"""The benchmark itself: what it asks for, what it makes of the answers, and a small run of real contenders."""
+"""`fac bench`: which benchmarks there are, and what they say of themselves."""
 
 from __future__ import annotations
 
-import contextlib
-import json
-import sys
-from pathlib import Path
-
 import pytest
-import torch
 
 from fac_jax.errors import UserError
-from fac_jax.scale import bench
-from fac_jax.scale.bench import Bench, Result, Shape, measure, read_shape, rows, run_json
-from fac_jax.scale.torch_contenders import hand_tuned, official
+from fac_jax.scale.bench import BENCHES, main
 
 
-def test_shapes() -> None:
-    assert read_shape("768x16384x1024") == Shape(768, 16384, 1024)
-    assert Shape(2, 3, 5).matmul_flops == 60
-    for text in ("768x16384", "768x0x4", "axbxc", "1x2x3x4"):
-        with pytest.raises(UserError, match=f"shape '{text}' must be d_model x features x batch rows"):
-            read_shape(text)
-
-
-def test_what_is_unknown_is_named() -> None:
+def test_what_is_not_measured_is_named() -> None:
     with pytest.raises(
-        UserError, match="contender 'sparsfy' is unknown .did you mean 'sparsify'..; choose from fac_jax"
+        UserError, match="measures 'sae' or 'activations', not 'activation' .did you mean 'activations'"
     ):
-        measure(Bench(contenders=("sparsfy",)))
-    with pytest.raises(UserError, match="fac bench measures 'sae', not 'sea' .did you mean 'sae'"):
-        bench.main(["sea"])
+        main(["activation"])
 
 
-def test_ratios_are_to_the_best_published_peer() -> None:
-    """Not to the hand-tuned step, which nobody published; who did not run is listed last, with the reason."""
-    results = {
-        "fac_jax": Result([0.1, 0.3, 0.2], 2**30, "jax 1"),
-        "hand_tuned": Result([0.1], 2**29, "torch 2"),
-        "official": Result([0.8], 2**31, "torch 2"),
-        "sparsify": Result([0.4], 2**31, "eai-sparsify 1"),
-        "sae_lens": Result(absent="sae-lens cannot be imported here"),
-    }
-    table = rows(results, Shape(2, 3, 100), floor_s=0.05)
-    assert [row["contender"] for row in table] == ["hand_tuned", "fac_jax", "sparsify", "official", "sae_lens"]
-    ours = table[1]
-    assert (ours["tokens_per_second"], ours["to_best_peer"], ours["floor_fraction"]) == (500, 2.0, 0.25)
-    assert (ours["least_s"], ours["most_s"], ours["peak_gib"]) == (0.1, 0.3, 1.0)
-    assert table[-1] == {"contender": "sae_lens", "absent": "sae-lens cannot be imported here"}
-
-
-def test_a_contender_that_fails_says_why() -> None:
-    python = sys.executable
-    assert run_json([python, "-c", "print('noise'); print('{\"seconds\": [1]}')"], 60) == {"seconds": [1]}
-    assert run_json([python, "-c", "raise MemoryError('too wide')"], 60) == {
-        "absent": "ended with status 1: MemoryError: too wide"
-    }
-    assert run_json([python, "-c", "import time; time.sleep(9)"], 0.2) == {"absent": "took more than 0.2 s"}
-    assert "cannot be run" in run_json(["/no/such/python"], 1)["absent"]
-
-
-@pytest.mark.parametrize("contender", [hand_tuned, official])
-def test_the_torch_steps_learn(contender: object) -> None:
-    torch.manual_seed(0)
-    step = contender(32, 256, 8, contextlib.nullcontext)  # type: ignore[operator]
-    x_bd = torch.randn(64, 32)
-    losses = [step(x_bd) for _ in range(60)]
-    assert losses[-1] < 0.6 * losses[0]
-
-
-def test_a_small_run_measures_and_writes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Real processes: ours and two torch steps run; a peer that is not installed is named in the table."""
-    out = tmp_path / "bench.json"
-    arguments = ["sae", "--shapes", "64x1024x128", "--k", "8", "--steps", "2", "--rounds", "1", "--out", str(out)]
-    assert bench.main([*arguments, "--contenders", "fac_jax", "hand_tuned", "official", "sparsify"]) == 0
-    report = json.loads(out.read_text())
-    (table,) = report["tables"]
-    found = {row["contender"]: row for row in table["rows"]}
-    assert table["matmul_gflops"]["jax"] > 0 and table["matmul_gflops"]["torch"] > 0
-    for name in ("fac_jax", "hand_tuned", "official"):
-        row = found[name]
-        assert row["tokens_per_second"] == pytest.approx(128 / row["median_s"]) and row["peak_gib"] > 0.05
-        assert row["floor_fraction"] == pytest.approx(table["floor_s"] / row["median_s"])
-    assert found["official"]["to_best_peer"] == 1.0
-    assert sum(found["fac_jax"]["parts"].values()) == pytest.approx(found["fac_jax"]["least_s"])
-    assert "eai-sparsify cannot be imported here" in found["sparsify"]["absent"]
+def test_help(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--help"]) == 0
     shown = capsys.readouterr().out
-    assert "of the floor" in shown and "sparsify: not measured, eai-sparsify cannot be imported here" in shown
+    assert all(f"fac bench {what}" in shown for what in BENCHES)
+    for what in BENCHES:
+        with pytest.raises(SystemExit) as ended:
+            main([what, "--help"])
+        assert ended.value.code == 0
+        shown = " ".join(capsys.readouterr().out.split())
+        assert "--peers-python" in shown and "processes of their own" in shown

@@ -27,7 +27,7 @@ def encoded_documents(count: int, seed: int = 0) -> list[EncodedDocument]:
         length = int(generator.integers(3, 24))
         content = generator.random(length) < 0.6
         document = Document(f"{index:016x}", (Turn("user", f"text {index}"),), None, f"file:{index}")
-        documents.append(EncodedDocument(document, generator.integers(0, 50, length).astype(np.int32), content))
+        documents.append(EncodedDocument(document, generator.integers(0, 50, length).astype(np.int32), content, {}))
     return documents
 
 
@@ -109,7 +109,7 @@ def test_more_documents_than_slots(mesh_1x1: Mesh, acts: Any, monkeypatch: pytes
 
 def test_a_batch_without_content(mesh_1x1: Mesh) -> None:
     document = Document("0" * 16, (Turn("user", "x"),), None, "file:0")
-    batch = next(pack([EncodedDocument(document, np.arange(5, dtype=np.int32), np.zeros(5, bool))], 2, 16))
+    batch = next(pack([EncodedDocument(document, np.arange(5, dtype=np.int32), np.zeros(5, bool), {})], 2, 16))
     found = collect(batch, dispatch(batch, fake_backbone(mesh_1x1), make_sae(mesh_1x1), "topk"))
     assert len(found.peak) == 0 and found.tokens_f.sum() == 0 and found.mean_nd.tolist() == [[0.0] * D]
 

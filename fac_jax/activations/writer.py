@@ -1,0 +1,147 @@
+"""Rows into one store: buffered, shuffled, filtered, and committed shard by shard (layout: store.py)."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import Bool, Float64, Int64
+
+from fac_jax.activations.arrays import open_root, write_arrays, write_json
+from fac_jax.activations.claim import claim
+from fac_jax.activations.manifest import SPLITS, Cursor, Finished, Manifest, Part, Record, part_of, sums_of
+from fac_jax.activations.rows import Rows, empty_rows, row_dtype, to_int8
+from fac_jax.activations.store import committed, finished_key, part_path, read_record, record_key
+from fac_jax.errors import UserError
+
+log = logging.getLogger(__name__)
+
+
+class StoreWriter:
+    """Appends rows to a store, as the only writer of that name; goes on after its last commit.
+
+    A context: leaving it waits for the shard that is being written, and what is buffered after that is lost.
+    Rows must come in the order of the corpus, from any batch at or before `cursor`: what is committed is left out.
+    Shards are written by a thread while the caller computes the next batches; its errors come out of a later call.
+    Raises UserError when another process is that writer.
+    """
+
+    def __init__(self, path: str | Path, manifest: Manifest, writer: str) -> None:
+        self._root, self._manifest, self._name = open_root(path), manifest, writer
+        self._claim = claim(self._root, writer)
+        try:
+            self.shards = committed(self._root, manifest, writer)
+            """Shards committed, or about to be."""
+            last = read_record(self._root, writer, self.shards - 1) if self.shards else None
+        except BaseException:
+            self._claim.release()
+            raise
+        self.cursor = last.next if last is not None else Cursor()
+        """Where the first row lies that was not committed when this writer was opened."""
+        self._end = self.cursor
+        self._filled = 0
+        self._new_buffer()
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="store-writer")
+        self._commit: Future[None] | None = None
+
+    def __enter__(self) -> StoreWriter:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Wait for the shard that is being written; from now on another process may be this writer."""
+        self._thread.shutdown()
+        self._claim.release()
+
+    def append(self, first: int, counts: Mapping[str, int], rows: Rows, held_out: Bool[np.ndarray, " b"]) -> None:
+        """All rows of the batch that begins with document `first`; `counts` is as of before it.
+
+        `held_out` says which rows are validation rows.
+        """
+        if first < self.cursor.first:
+            return
+        start = self.cursor.skip if first == self.cursor.first else 0
+        while start < len(rows):
+            stop = min(len(rows), start + self._manifest.shard_rows - self._filled)
+            self._rows.fill(self._filled, rows.span(start, stop))
+            self._held_out[self._filled : self._filled + stop - start] = held_out[start:stop]
+            start, self._filled = stop, self._filled + stop - start
+            if self._filled == self._manifest.shard_rows:
+                self._begin_commit(Cursor(first, stop, dict(counts)))
+        self._end = Cursor(first, len(rows), dict(counts))
+
+    def finish(self, counts: Mapping[str, int]) -> None:
+        """Commit what is buffered as a last, smaller shard, and note that there is no more to come."""
+        if self._filled:
+            self._begin_commit(self._end)
+        self._wait()
+        self._claim.check()
+        write_json(self._root, finished_key(self._name), Finished(self.shards, dict(counts)))
+
+    def _new_buffer(self) -> None:
+        rows, dtype = self._manifest.shard_rows, row_dtype(self._manifest.dtype)
+        self._rows = empty_rows(rows, self._manifest.d_model, dtype)
+        self._held_out = np.empty(rows, bool)
+        self._filled = 0
+
+    def _begin_commit(self, following: Cursor) -> None:
+        self._wait()
+        arguments = self.shards, self._rows.span(0, self._filled), self._held_out[: self._filled], following
+        self._commit = self._thread.submit(self._write_shard, *arguments)
+        self.shards += 1
+        self._new_buffer()
+
+    def _wait(self) -> None:
+        if self._commit is not None:
+            self._commit.result()
+
+    def _write_shard(self, number: int, rows: Rows, held_out: Bool[np.ndarray, " b"], following: Cursor) -> None:
+        squares_b = sums_of(rows.resid).squares_b
+        self._check_finite(rows, squares_b)
+        kept = self._not_outliers(squares_b)
+        parts: dict[str, Part] = {}
+        arrays: dict[str, np.ndarray] = {}
+        for split in SPLITS:
+            path, chosen = part_path(self._name, number, split), held_out == (split == "validation")
+            # The order is drawn over all rows of the split, so that a filter changes no other row's place.
+            order = np.random.default_rng([self._manifest.seed, *path.encode()]).permutation(np.flatnonzero(chosen))
+            made, parts[split] = self._part(rows, order[kept[order]], int((chosen & ~kept).sum()))
+            arrays |= {f"{path}/{name}": values for name, values in made.items() if len(values)}
+        self._claim.check()
+        write_arrays(self._root, arrays, self._manifest.form)
+        self._claim.check()
+        write_json(self._root, record_key(self._name, number), Record(parts, following))
+
+    def _not_outliers(self, squares_b: Float64[np.ndarray, " b"]) -> Bool[np.ndarray, " b"]:
+        """Rows whose norm is at most `norm_filter` medians of the shard: of the shard, because a restarted writer must
+        decide alike."""
+        if not self._manifest.norm_filter:
+            return np.ones(len(squares_b), bool)
+        return np.sqrt(squares_b) <= self._manifest.norm_filter * np.median(np.sqrt(squares_b))
+
+    def _part(self, rows: Rows, order: Int64[np.ndarray, " n"], outliers: int) -> tuple[dict[str, np.ndarray], Part]:
+        """The arrays of one split of a shard, and what its record says of them."""
+        part = rows.take(order)
+        columns = [part.doc, part.position.astype(np.uint64), part.token.astype(np.uint64)]
+        resid, rounding = part.resid, 0.0
+        if self._manifest.dtype == "int8":
+            resid, scale_b, rounding = to_int8(part.resid)
+            columns.append(scale_b.view(np.uint32).astype(np.uint64))
+        described = part_of(sums_of(part.resid), outliers, rounding)
+        return {"resid": resid, "origin": np.stack(columns, axis=1)}, described
+
+    def _check_finite(self, rows: Rows, squares_b: Float64[np.ndarray, " b"]) -> None:
+        bad = np.flatnonzero(~np.isfinite(squares_b))
+        if len(bad):
+            remedy = "check the weights, or set backbone.dtype to float32"
+            if self._manifest.dtype == "float16":
+                remedy = "float16 ends at 65,504 and massive activations exceed it: set harvest.dtype to bfloat16"
+            raise UserError(
+                f"the residual of document {rows.doc[bad[0]]:016x} at token {rows.position[bad[0]]} is not finite, and "
+                f"{len(bad) - 1} more of {len(rows)} (layer {self._manifest.layer} of {self._manifest.model}): {remedy}"
+            )
