@@ -111,7 +111,7 @@ def print_circumstances(report: Mapping[str, Any]) -> Console:
     console.print(f"allocator: {tuned or 'glibc as it comes (launch/allocator.sh tunes it)'}")
     if report["load"] > IDLE_LOAD:
         console.print(
-            f"other programs were running (load {report['load']:.1f}): torch's threads suffer more from that than ours, so "
-            "the ratios may flatter us; measure again on an idle machine"
+            f"other programs were running (load {report['load']:.1f}): torch's threads suffer more from that than "
+            "ours, so the ratios may flatter us; measure again on an idle machine"
         )
     return console
