@@ -193,7 +193,13 @@ def _stage(config: Config, verb: str, options: dict[str, str]) -> None:
             )
         if verb == "sweep" and config.scan.sae is None:
             raise UserError(
-                "fac sweep has nothing to train: say --sweep.k, --sweep.features, --sweep.variants or seeds"
+                "fac sweep has nothing to train: say --sweep.k, --sweep.features, --sweep.variants, --sweep.layers or "
+                "--sweep.seeds"
+            )
+        if verb == "harvest" and config.train.activations == "live":
+            raise UserError(
+                "fac harvest has nothing to make: train.activations is live, so training computes its rows itself; set "
+                "it to store to keep them"
             )
         raise UserError(f"fac {verb} has nothing to make: train.store or scan.sae names a product from elsewhere")
     with Run(config) as run:
@@ -272,10 +278,12 @@ def _store(arguments: list[str]) -> int:
         print(STORE_USAGE)
         return 0 if arguments else 2
     action, *paths = arguments
-    least, most = {"info": (1, 1), "verify": (1, 1), "merge": (3, 10**6), "drop": (2, 2)}.get(action, (0, -1))
+    numbers = {"info": (1, 1), "verify": (1, 1), "merge": (3, 10**6), "drop": (2, 2)}
+    if action not in numbers:
+        raise UserError(f"fac store has no {action!r}{suggest(action, numbers)}\n{STORE_USAGE}")
+    least, most = numbers[action]
     if not least <= len(paths) <= most or any(path.startswith("-") for path in paths):
-        print(STORE_USAGE, file=sys.stderr)
-        return 2
+        raise UserError(f"`fac store {' '.join(arguments)}` has too few or too many words\n{STORE_USAGE}")
     from fac_jax.activations import upkeep
 
     if action == "verify":
@@ -325,10 +333,13 @@ _BASE = ("run", "mesh", "backbone", "data")
 VERBS = {
     "run": Verb("the whole pipeline, skipping what is done", _ALL, _run),
     "harvest": Verb("corpus to activation store", (*_BASE, "harvest"), _stage),
-    "train": Verb("activation store to sparse autoencoder", ("run", "mesh", "backbone", "sae", "train"), _stage),
+    "train": Verb(
+        "activation store, or the backbone live, to sparse autoencoder", (*_BASE, "harvest", "sae", "train"), _stage
+    ),
     "sweep": Verb(
-        "several autoencoders (k, width, kind, seed) from one reading of the store, side by side in the report",
-        *(("run", "mesh", "backbone", "sae", "train", "sweep"), _stage),
+        "several autoencoders (layer, k, width, kind, seed), those of a layer from one reading of its rows, side by "
+        "side in the report",
+        *((*_BASE, "harvest", "sae", "train", "sweep"), _stage),
     ),
     "splice": Verb(
         "the model's loss with the autoencoder spliced in", (*_BASE, "harvest", "train", "scan", "splice"), _stage

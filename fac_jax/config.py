@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -24,6 +25,12 @@ def check(ok: bool, message: str) -> None:
     """Raise `UserError(message)` unless `ok`: validation where a value is born."""
     if not ok:
         raise UserError(message)
+
+
+def check_layers(section: str, layers: Sequence[int]) -> None:
+    """Raise UserError for a layer that cannot be one."""
+    for layer in layers:
+        check(layer >= 1, f"{section}.layers has {layer}; it counts blocks applied, so it starts at 1")
 
 
 @dataclass(frozen=True)
@@ -176,8 +183,7 @@ class HarvestConfig:
     store and counted; 0 keeps all."""
 
     def __post_init__(self) -> None:
-        for layer in self.layers:
-            check(layer >= 1, f"harvest.layers has {layer}; it counts blocks applied, so it starts at 1")
+        check_layers("harvest", self.layers)
         check(self.norm_filter >= 0, f"harvest.norm_filter is {self.norm_filter}; it must not be negative")
         check(
             0 < self.validation_fraction < 1,
@@ -344,8 +350,11 @@ class TrainConfig:
 
 @dataclass(frozen=True)
 class SweepConfig:
-    """Several SAEs from one reading of the store: all combinations of what is listed; what is not, is as in `sae`."""
+    """Several SAEs from one reading of the rows: all combinations of what is listed; what is not, is as in `sae`."""
 
+    layers: tuple[int, ...] = ()
+    """Values of backbone.layer, one after the other: a layer's rows are read once for all its SAEs. Their store holds
+    them when they are in harvest.layers."""
     k: tuple[int, ...] = ()
     """Values of sae.k."""
     features: tuple[int, ...] = ()
@@ -354,6 +363,9 @@ class SweepConfig:
     """Values of sae.activation; matryoshka is sae.activation with sae.matryoshka (.0625 .125 .25 .5 1 if unset)."""
     seeds: tuple[int, ...] = ()
     """Seeds of the initialisation."""
+
+    def __post_init__(self) -> None:
+        check_layers("sweep", self.layers)
 
 
 @dataclass(frozen=True)
@@ -520,6 +532,11 @@ class Config:
     synthesize: SynthesizeConfig = SynthesizeConfig()
     finetune: FinetuneConfig = FinetuneConfig()
     llm: LlmConfig = LlmConfig()
+
+    @property
+    def harvested_layers(self) -> tuple[int, ...]:
+        """The layers that a harvest keeps, rising."""
+        return tuple(sorted({self.backbone.layer, *self.harvest.layers}))
 
     def dataset(self, name: str) -> DataSet:
         """The data set called `name`, or an error that lists the names there are."""

@@ -112,7 +112,7 @@ def test_run_again_does_nothing_and_another_threshold_only_what_follows(undistur
 @pytest.mark.timeout(900)
 def test_killed_again_and_again_it_ends_with_the_same_bytes(undisturbed: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
-    waits_for = ("activations/records/p0000/000000.json", "sae/checkpoints/10", "synthesis/generations.jsonl")
+    waits_for = ("activations/layer-04/records/p0000/000000.json", "sae/checkpoints/10", "synthesis/generations.jsonl")
     for sign in waits_for:
         with subprocess.Popen(command(folder), env=environment(), stderr=subprocess.DEVNULL) as process:
             deadline = time.monotonic() + 200

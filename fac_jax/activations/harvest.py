@@ -63,7 +63,7 @@ def harvest(config: Config, out: Path, inputs: Mapping[str, Path]) -> dict[str, 
     del inputs
     index, count = Process.index, Process.count
     place = config.harvest.store or str(out)
-    layers = harvested_layers(config)
+    layers = config.harvested_layers
     mesh = harvest_mesh(config.mesh, jax.local_devices())
     loaded = load_backbone(config.backbone.model, layers[-1], config.backbone.dtype, mesh)
     manifests = {layer_path(place, layer): describe(config, loaded, layer, writers=count) for layer in layers}
@@ -86,11 +86,6 @@ def harvest(config: Config, out: Path, inputs: Mapping[str, Path]) -> dict[str, 
         write_text(out / "store.json", json.dumps({"store": place, "layers": layers}, indent=1))
     main = totals[layer_path(place, config.backbone.layer)]
     return {**_summary(config, place, layers, main, tokens, seconds)}
-
-
-def harvested_layers(config: Config) -> tuple[int, ...]:
-    """The layers that a harvest keeps, rising."""
-    return tuple(sorted({config.backbone.layer, *config.harvest.layers}))
 
 
 def harvest_mesh(config: MeshConfig, devices: Sequence[jax.Device]) -> Mesh:

@@ -1,4 +1,4 @@
-"""Stages `train` and `sweep`: residuals to one sparse autoencoder, or to several from one reading of them.
+"""Stages `train` and `sweep`: residuals to one sparse autoencoder, or to several of one layer from one reading of them.
 
 Reads a store (training rows through `stream`, held-out rows in order), or computes the rows live from a corpus. Writes
 what `fit.py` writes, and at the end `sae.safetensors` and `config.json`; a sweep writes those of each SAE into a folder
@@ -24,7 +24,7 @@ from fac_jax.activations.live import LiveRows
 from fac_jax.activations.manifest import check_holds
 from fac_jax.activations.reader import StoreReader
 from fac_jax.activations.rows import Rows
-from fac_jax.activations.store import store_of
+from fac_jax.activations.store import layer_path, store_of
 from fac_jax.activations.stream import batches, streams_for
 from fac_jax.config import Config, SaeConfig, TrainConfig, Variant
 from fac_jax.distributed import is_first
@@ -61,40 +61,54 @@ def train(config: Config, out: Path, inputs: Mapping[str, Path]) -> dict[str, An
         "k": config.sae.k,
         **_summary(figures),
         "median_norm": source.median_norm,
-        "seconds": round(fitted.seconds, 2),
-        "tokens_per_second": round(fitted.rows_per_second),
-        "data_wait": round(fitted.data_wait, 4),
+        **_speed(fitted),
     }
 
 
 def sweep(config: Config, out: Path, inputs: Mapping[str, Path]) -> dict[str, Any]:
-    """Train every SAE that `config.sweep` asks for from one reading of the rows; returns the summary.
+    """Train every SAE that `config.sweep` asks for, those of a layer from one reading of its rows; returns the summary.
 
     Raises UserError as `train` does.
     """
-    asked = members_of(config)
-    with _open(config, out, inputs) as source:
-        start = _start(config, source)
-        scale = source.d_model, source.median_norm, platform(source.mesh)
-        members = [Member(name, pose(sae, config.train, *scale), seed, out / name, start) for name, sae, seed in asked]
-        fitted, figures = _make(config, source, members, out)
-    rows: list[dict[str, Any]] = [
-        {"name": member.name, "variant": _variant(member.problem.sae), "features": member.problem.sae.features}
-        | {"k": member.problem.sae.k, "seed": member.seed, **asdict(found)}
-        for member, found in zip(members, figures, strict=True)
-    ]
+    layers = dict.fromkeys(config.sweep.layers) or {config.backbone.layer: None}
+    places = {layer: layer_path("", layer).strip("/") if config.sweep.layers else "" for layer in layers}
+    asked = {layer: replace(config, backbone=replace(config.backbone, layer=layer)) for layer in layers}
+    for one in asked.values():
+        if config.train.activations == "store":
+            store_of(one, inputs)  # a layer that is not there is said before the others are trained on
+    rows: list[dict[str, Any]] = []
+    accounts: dict[str, Any] = {}
+    for layer, one in asked.items():
+        found, account = _sweep_layer(one, out / places[layer], inputs)
+        rows += [{**row, "name": f"{places[layer]}/{row['name']}".lstrip("/")} for row in found]
+        accounts |= {f"{places[layer]} {name}".lstrip(): value for name, value in account.items()}
     if is_first():
         described = {**_trained_on(config.train), "density_edges": DENSITY_EDGES, "members": rows}
         write_text(out / "sweep.json", json.dumps(to_plain(described), indent=2, allow_nan=False) + "\n")
     return {
         **_trained_on(config.train),
-        **source.account(),
-        "saes": len(members),
+        "saes": len(rows),
         **{row["name"]: f"fvu {row['fvu']:.4f}, L0 {row['l0']:.1f}, dead {row['dead_fraction']:.1%}" for row in rows},
-        "seconds": round(fitted.seconds, 2),
-        "tokens_per_second": round(fitted.rows_per_second),
-        "data_wait": round(fitted.data_wait, 4),
+        **accounts,
     }
+
+
+def _sweep_layer(config: Config, out: Path, inputs: Mapping[str, Path]) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """Train all members on the rows of `backbone.layer`: what each achieved, and what is said of rows and time."""
+    with _open(config, out, inputs) as source:
+        start = _start(config, source)
+        scale = source.d_model, source.median_norm, platform(source.mesh)
+        members = [
+            Member(name, pose(sae, config.train, *scale), seed, out / name, start)
+            for name, sae, seed in members_of(config)
+        ]
+        fitted, figures = _make(config, source, members, out)
+    rows: list[dict[str, Any]] = [
+        {"name": member.name, "layer": source.layer, "variant": _variant(member.problem.sae)}
+        | {"features": member.problem.sae.features, "k": member.problem.sae.k, "seed": member.seed, **asdict(found)}
+        for member, found in zip(members, figures, strict=True)
+    ]
+    return rows, {**source.account(), **_speed(fitted)}
 
 
 def members_of(config: Config) -> list[tuple[str, SaeConfig, int]]:
@@ -210,6 +224,14 @@ def _make(config: Config, source: Source, members: Sequence[Member], out: Path) 
         described |= {"variant": _variant(member.problem.sae), "density": found.density}
         save_sae(member.folder, sae, described)
     return fitted, figures
+
+
+def _speed(fitted: Fitted) -> dict[str, Any]:
+    return {
+        "seconds": round(fitted.seconds, 2),
+        "tokens_per_second": round(fitted.rows_per_second),
+        "data_wait": round(fitted.data_wait, 4),
+    }
 
 
 def _trained_on(settings: TrainConfig) -> dict[str, int]:

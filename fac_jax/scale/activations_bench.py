@@ -50,8 +50,9 @@ class ActivationsBench:
     """Run file whose backbone, layer and harvest.data are harvested."""
     documents: int = 64
     """Documents harvested, the first of the data set."""
-    dtypes: tuple[Literal["float32", "bfloat16"], ...] = ("float32", "bfloat16")
-    """Types to compute in; a ratio is always within one."""
+    dtypes: tuple[Literal["float32", "bfloat16"], ...] = ()
+    """Types to compute in, a ratio being always within one; by default float32, and bfloat16 where the hardware
+    multiplies it."""
     geometries: tuple[str, ...] = ("8x512",)
     """Our batches: packed rows x tokens. The first is also run without writing anything."""
     peers: tuple[str, ...] = PEERS
@@ -85,8 +86,8 @@ class ActivationsBench:
                 raise UserError(f"peer {peer!r} is unknown{suggest(peer, PEERS)}; choose from {', '.join(PEERS)}")
         for text in self.geometries:
             read_geometry(text)
-        if not self.geometries or not self.dtypes:
-            raise UserError("nothing of ours would run: give --geometries and --dtypes at least one value each")
+        if not self.geometries:
+            raise UserError("nothing of ours would run: give --geometries at least one value")
 
 
 def read_geometry(text: str) -> tuple[int, int]:
@@ -138,6 +139,7 @@ def prepare(config: Config, count: int, folder: Path) -> dict[str, Any]:
     """Write the documents, their token ids and the model as a Hugging Face folder; returns what contenders are told."""
     from fac_jax.backbone.export import export_hf  # these load jax
     from fac_jax.backbone.weights import load_tokenizer
+    from fac_jax.mesh import matmul_dtype
     from fac_jax.packing import encode
     from fac_jax.text import read_documents
 
@@ -161,12 +163,13 @@ def prepare(config: Config, count: int, folder: Path) -> dict[str, Any]:
         "count": len(documents),
         "tokens": sum(len(one.ids) for one in encoded),
         "rows": sum(int(one.content.sum()) for one in encoded),
+        "dtypes": list(dict.fromkeys(("float32", matmul_dtype("cpu")))),
     }
 
 
 def harvest_cases(bench: ActivationsBench, asked: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
     """What each contender is asked, ours first."""
-    for dtype in bench.dtypes:
+    for dtype in bench.dtypes or asked["dtypes"]:
         for geometry in bench.geometries:
             ours = {**asked, "part": "harvest", "program": "harvest_contender", "dtype": dtype, "geometry": geometry}
             yield {**ours, "name": f"fac_jax {geometry}", "writes": True}

@@ -225,11 +225,11 @@ def harvest_step(config: Config, model: ModelConfig, topology: Topology, bar: Ba
         mesh = make_mesh(MeshConfig(data=data, feature=feature), host.devices)
         limit = topology.chip.device.memory_gib * GIB
         try:
-            program = compile_harvest(replace(config.backbone, rows_per_batch=rows), model, mesh, limit)
+            batch = replace(config.backbone, rows_per_batch=rows)
+            program = compile_harvest(replace(config, backbone=batch), model, mesh, limit)
         except OutOfMemory as found:
-            refused = (
-                f"the backbone's first {config.backbone.layer} blocks do not fit a host: they need {found} a device"
-            )
+            blocks = config.harvested_layers[-1]
+            refused = f"the backbone's first {blocks} blocks do not fit a host: they need {found} a device"
             continue
         bar.advance(1, "harvest")
         cost = _cost(parse(program.text), host, mesh, cheapest)

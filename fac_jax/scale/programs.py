@@ -17,10 +17,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
+from fac_jax.activations.rows import row_dtype
 from fac_jax.backbone.config import ModelConfig, read_model_config
 from fac_jax.backbone.model import Backbone, parameters
 from fac_jax.backbone.weights import DTYPES, Loaded, open_model
-from fac_jax.config import BackboneConfig, Config
+from fac_jax.config import Config
 from fac_jax.errors import UserError
 from fac_jax.mesh import DATA, FEATURE, platform, row_sharding
 from fac_jax.sae.problem import Problem, pose
@@ -93,12 +94,13 @@ def state_bytes(problem: Problem, mesh: Mesh) -> int:
     return sum(int(np.prod(leaf.sharding.shard_shape(leaf.shape))) * leaf.dtype.itemsize for leaf in leaves)
 
 
-def compile_harvest(backbone: BackboneConfig, model: ModelConfig, mesh: Mesh, limit: float) -> Program:
-    """The backbone up to the layer that is read, on one host's devices. Raises OutOfMemory."""
-    if backbone.layer > model.n_layers:
-        raise UserError(f"{backbone.model} has {model.n_layers} layers, config asks {backbone.layer}")
+def compile_harvest(config: Config, model: ModelConfig, mesh: Mesh, limit: float) -> Program:
+    """The backbone up to the last layer that is read, on one host's devices. Raises OutOfMemory."""
+    backbone, layers = config.backbone, config.harvested_layers
+    if layers[-1] > model.n_layers:
+        raise UserError(f"{backbone.model} has {model.n_layers} layers, config asks {layers[-1]}")
     dtype = "bfloat16" if backbone.dtype == "auto" else backbone.dtype
-    table = parameters(model, backbone.layer, False, mesh.shape[FEATURE])
+    table = parameters(model, layers[-1], False, mesh.shape[FEATURE])
     arrays: dict[str, Any] = {
         name: jax.ShapeDtypeStruct(
             one.shape, np.dtype(np.float32) if one.norm else DTYPES[dtype], sharding=NamedSharding(mesh, one.spec)
@@ -107,7 +109,9 @@ def compile_harvest(backbone: BackboneConfig, model: ModelConfig, mesh: Mesh, li
     }
     none: Any = None
     loaded = Loaded(Backbone(model, arrays), model, none, "", mesh, dtype)
-    return _compile(loaded.lower_residual(backbone.layer, backbone.rows_per_batch, backbone.row_tokens), mesh, limit)
+    kept = str(row_dtype(config.harvest.dtype))
+    lowered = loaded.lower_residuals(layers, kept, backbone.rows_per_batch, backbone.row_tokens)
+    return _compile(lowered, mesh, limit)
 
 
 def _compile(lowered: Any, mesh: Mesh, limit: float) -> Program:

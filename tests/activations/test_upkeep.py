@@ -242,6 +242,12 @@ def test_the_command_line(damage: Callable[..., Path], capsys: pytest.CaptureFix
     assert "arrays/p0000/000001/train: block 0: " in capsys.readouterr().out
     assert main(["store", "info", str(store.parent / "nowhere")]) == 1
     assert "no activation store at" in capsys.readouterr().err
-    for wrong in (["store"], ["store", "tidy", "x"], ["store", "merge", "x", "y"], ["store", "info", "--all"]):
-        assert main(wrong) == 2
-    assert "fac store merge INTO PATH PATH" in capsys.readouterr().err
+    assert main(["store"]) == 2
+    for wrong, said in (
+        (["inf", "x"], "no 'inf' (did you mean 'info'?)"),
+        (["merge", "x", "y"], "`fac store merge x y` has too few or too many words"),
+        (["info", "--all"], "`fac store info --all` has too few or too many words"),
+    ):
+        assert main(["store", *wrong]) == 1
+        shown = capsys.readouterr().err
+        assert said in shown and "fac store merge INTO PATH PATH" in shown

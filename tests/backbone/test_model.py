@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh
 
-from fac_jax.backbone.model import inverse_frequencies, logits, run_blocks
+from fac_jax.backbone import weights
+from fac_jax.backbone.model import inverse_frequencies, logits, residual, run_blocks
 from fac_jax.backbone.weights import Loaded, load_backbone
 from fac_jax.config import MeshConfig
 from fac_jax.errors import UserError
@@ -147,6 +148,24 @@ def test_blocks_go_on_where_others_stopped(tmp_path: Path, mesh_1x1: Mesh) -> No
         np.testing.assert_allclose(np.asarray(found), np.asarray(whole_way), rtol=1e-5, atol=1e-5)
     with pytest.raises(UserError, match=r"residual after 4 blocks asked of a backbone of which 3 are loaded"):
         run_blocks(loaded.model, x_btd, segments, positions, 3, 4)
+
+
+@pytest.mark.parametrize("rows", [1, 5, 6])
+def test_a_batch_in_pieces_is_the_batch_at_once(
+    rows: int, tmp_path: Path, mesh_1x1: Mesh, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of 70 tokens at most: two rows of 30 where the batch divides by two, else one at a time."""
+    write_model(tmp_path)
+    monkeypatch.setattr(weights, "PIECE_TOKENS", 70)
+    loaded = load_backbone(str(tmp_path), 3, "float32", mesh_1x1)
+    batch = whole(random_tokens(rows, 30))
+    two, three = loaded.residuals_fn((2, 3), "float32")(*batch)
+    for layer, found in ((2, two), (3, three)):
+        at_once = residual(loaded.model, *map(jnp.asarray, batch), layer)
+        np.testing.assert_allclose(np.asarray(found), np.asarray(at_once), rtol=1e-4, atol=1e-4)
+    text = loaded.lower_residuals((3,), "float32", rows, 30).as_text()
+    pieces = {1: 1, 5: 5, 6: 3}[rows]
+    assert f"tensor<{pieces}x{rows // pieces}x30x" in text
 
 
 def test_layer_zero_is_the_embedding(tiny: Loaded) -> None:

@@ -253,6 +253,7 @@ def _sweep(folder: Path) -> None:
     members = [
         {
             "name": f"{variant}-{features}-k{k}-seed0",
+            "layer": layer,
             "variant": variant,
             "features": features,
             "k": k,
@@ -268,7 +269,7 @@ def _sweep(folder: Path) -> None:
             "rows_left_out": 3,
         }
         for place, variant in enumerate(("topk", "batchtopk", "jumprelu", "matryoshka"))
-        for features in (2048, 4096)
+        for layer, features in ((12, 2048), (15, 2048), (15, 4096))
         for k in (16, 32, 64)
     ]
     edges = [10.0**power for power in range(-6, 0)]

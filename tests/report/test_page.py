@@ -120,13 +120,19 @@ def test_key_numbers_and_methods_are_on_the_page(view: RunView) -> None:
 
 
 def test_a_sweep_is_drawn_and_tabled(view: RunView) -> None:
-    """A figure per width and quantity with a line per kind, a row per SAE; no section where none was asked for."""
+    """A figure per layer, width and quantity, a line per kind, a row per SAE; no section where none was asked for."""
     assert view.sweep is not None
     html = page(view)
     section = html[html.index('id="sweep"') :]
     section = section[: section.index("</section>")]
-    assert section.count("<figure") == 4 and section.count("<polyline") == 16
-    for title in ("FVU, 2,048 features", "Dead fraction, 4,096 features", "BatchTopK", "JumpReLU", "Matryoshka"):
+    assert section.count("<figure") == 6 and section.count("<polyline") == 24
+    for title in (
+        "FVU, layer 12, 2,048 features",
+        "Dead fraction, layer 15, 4,096 features",
+        "BatchTopK",
+        "JumpReLU",
+        "Matryoshka",
+    ):
         assert title in section
     assert section.count("<tr") == 1 + len(view.sweep["members"])
     assert 'id="sweep"' not in page(dataclasses.replace(view, sweep=None))

@@ -17,7 +17,9 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh
 
+from fac_jax.activations.reader import StoreReader
 from fac_jax.activations.rows import Rows
+from fac_jax.activations.store import add_layers, layer_path
 from fac_jax.activations.stream import batches
 from fac_jax.config import BackboneConfig, Config, MeshConfig, SaeConfig, SweepConfig, TrainConfig
 from fac_jax.errors import UserError
@@ -273,6 +275,33 @@ def test_sweep_trains_all_from_one_reading(
     train(config(), tmp_path / "sae", {"activations": store})
     alone, among = (folder / "sae.safetensors" for folder in (tmp_path / "sae", tmp_path / "sweep/topk-64-k4-seed0"))
     assert alone.read_bytes() == among.read_bytes()
+
+
+def test_sweep_of_layers_makes_what_each_layer_alone_makes(tmp_path: Path) -> None:
+    """Side by side in one product, from one store of both layers; a layer that it lacks is said before any training."""
+    root = tmp_path / "activations"
+    add_layers(root, (2, 3))
+    for layer in (2, 3):
+        make_store(Path(layer_path(root, layer)), layer)
+    asked = replace(config(), sweep=SweepConfig(layers=(3, 2)))
+    summary = sweep(asked, tmp_path / "sweep", {"activations": root})
+    found = json.loads((tmp_path / "sweep" / "sweep.json").read_text())["members"]
+    assert [(one["name"], one["layer"]) for one in found] == [
+        ("layer-03/topk-64-k4-seed0", 3),
+        ("layer-02/topk-64-k4-seed0", 2),
+    ]
+    assert summary["saes"] == 2 and summary["layer-02 store_rows"] == StoreReader(layer_path(root, 2)).rows
+    for one in found:
+        alone = replace(config(), backbone=BackboneConfig(model="tiny", layer=one["layer"]))
+        train(alone, tmp_path / one["name"], {"activations": root})
+        bytes_of = [
+            (folder / one["name"] / "sae.safetensors").read_bytes() for folder in (tmp_path, tmp_path / "sweep")
+        ]
+        assert bytes_of[0] == bytes_of[1] and read_card(tmp_path / one["name"]).layer == one["layer"]
+    lacking = replace(config(), sweep=SweepConfig(layers=(3, 5)))
+    with pytest.raises(UserError, match="holds layers 2, 3, config asks 5: set harvest.layers"):
+        sweep(lacking, tmp_path / "lacking", {"activations": root})
+    assert not (tmp_path / "lacking").exists()
 
 
 def test_stopped_sweep_is_undisturbed(store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

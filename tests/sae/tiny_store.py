@@ -15,9 +15,9 @@ from fac_jax.activations.writer import StoreWriter
 WIDTH = 16
 
 
-def rows_of(step: int, b: int = 32) -> Rows:
+def rows_of(step: int, b: int = 32, layer: int = 3) -> Rows:
     rng = np.random.default_rng(step)
-    basis = np.random.default_rng(99).standard_normal((24, WIDTH))
+    basis = np.random.default_rng(96 + layer).standard_normal((24, WIDTH))
     x_bd = (rng.random((b, 24)) < 0.2) * rng.exponential(size=(b, 24)) @ basis * 3 + 1
     ids = np.arange(b)
     return Rows(
@@ -28,16 +28,16 @@ def rows_of(step: int, b: int = 32) -> Rows:
     )
 
 
-def make_store(path: Path) -> Path:
-    """Write the store, of model tiny and layer 3, a quarter of its rows held out."""
+def make_store(path: Path, layer: int = 3) -> Path:
+    """Write the store, of model tiny and one layer, a quarter of its rows held out."""
     described = Manifest(
-        model="tiny", model_digest="0123", layer=3, d_model=WIDTH, compute_dtype="float32", tokenizer_digest="t",
+        model="tiny", model_digest="0123", layer=layer, d_model=WIDTH, compute_dtype="float32", tokenizer_digest="t",
         corpus_digest="c", shard_rows=256, seed=0, writers=1,
     )  # fmt: skip
     create_store(path, described)
     with StoreWriter(path, described, "p0000") as writer:
         for batch in range(4):
-            rows = rows_of(batch, 250)
+            rows = rows_of(batch, 250, layer)
             writer.append(batch, {}, rows, rows.doc % 4 == 3)
         writer.finish({})
     complete_store(path, ["p0000"])
