@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import jax
+import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 from flax import nnx
@@ -144,14 +145,21 @@ def _residuals_at(layers: tuple[int, ...], dtype: str) -> Callable[..., tuple[Ar
 
 
 def _in_pieces(compute: Callable[..., tuple[Array, ...]]) -> Callable[..., tuple[Array, ...]]:
-    """The same, a few rows of the batch at a time and one after the other."""
+    """The same, a few rows of the batch at a time and one after the other; of rows that are all padding, zeros.
 
-    def piecewise(model: Backbone, *batch: Array) -> tuple[Array, ...]:
-        b, t = batch[0].shape
+    The last batch of a data set is mostly padding.
+    """
+
+    def piecewise(model: Backbone, tokens_bt: Array, segments_bt: Array, positions_bt: Array) -> tuple[Array, ...]:
+        def one(piece: tuple[Array, Array, Array]) -> tuple[Array, ...]:
+            made = jax.eval_shape(compute, model, *piece)
+            nothing = tuple(jnp.zeros(one.shape, one.dtype) for one in made)
+            return jax.lax.cond((piece[1] > 0).any(), lambda: compute(model, *piece), lambda: nothing)
+
+        b, t = tokens_bt.shape
         rows = max(n for n in range(1, b + 1) if b % n == 0 and (n == 1 or n * t <= PIECE_TOKENS))
-        pieces = tuple(one.reshape(b // rows, rows, t) for one in batch)
-        found = jax.lax.map(lambda piece: compute(model, *piece), pieces)
-        return tuple(one.reshape(b, t, -1) for one in found)
+        pieces = tuple(one.reshape(b // rows, rows, t) for one in (tokens_bt, segments_bt, positions_bt))
+        return tuple(one.reshape(b, t, -1) for one in jax.lax.map(one, pieces))
 
     return piecewise
 

@@ -163,6 +163,10 @@ def test_a_batch_in_pieces_is_the_batch_at_once(
     for layer, found in ((2, two), (3, three)):
         at_once = residual(loaded.model, *map(jnp.asarray, batch), layer)
         np.testing.assert_allclose(np.asarray(found), np.asarray(at_once), rtol=1e-4, atol=1e-4)
+    padded = tuple(np.where(np.arange(rows)[:, None] < rows - 1, one, 0) for one in batch)
+    (found,) = loaded.residuals_fn((3,), "float32")(*padded)
+    np.testing.assert_allclose(np.asarray(found)[:-1], np.asarray(three)[:-1], rtol=1e-4, atol=1e-4)
+    assert np.isfinite(np.asarray(found)).all() and (rows == 6 or not np.asarray(found)[-1].any())
     text = loaded.lower_residuals((3,), "float32", rows, 30).as_text()
     pieces = {1: 1, 5: 5, 6: 3}[rows]
     assert f"tensor<{pieces}x{rows // pieces}x30x" in text
