@@ -85,7 +85,7 @@ def harvest(config: Config, out: Path, inputs: Mapping[str, Path]) -> dict[str, 
     if config.harvest.store is not None:
         write_text(out / "store.json", json.dumps({"store": place, "layers": layers}, indent=1))
     main = totals[layer_path(place, config.backbone.layer)]
-    return {**_summary(config, place, layers, main, tokens, seconds)}
+    return _summary(config, place, layers, main, tokens, seconds)
 
 
 def harvest_mesh(config: MeshConfig, devices: Sequence[jax.Device]) -> Mesh:

@@ -103,15 +103,9 @@ def other_store(store: Path) -> Path:
 WRITE = """
 import sys
 from fac_jax.activations import claim
-from fac_jax.activations.writer import StoreWriter
-from tests.activations.tiny_store import fill, manifest
+from tests.activations.tiny_store import announce_appends, fill, manifest
 claim.LEASE_S, claim.RENEW_S = 1.0, 0.2
-append = StoreWriter.append
-def told(self, first, *arguments):
-    append(self, first, *arguments)
-    if first >= self.cursor.first:
-        print("appended", flush=True)
-StoreWriter.append = told
+announce_appends()
 fill(sys.argv[1], manifest(), batches=24, rows=250)
 """
 

@@ -84,16 +84,10 @@ def test_a_restarted_writer_takes_up_where_the_last_commit_ended(tmp_path: Path,
 
 
 WRITE = """
-import sys, time
+import sys
 from pathlib import Path
-from fac_jax.activations.writer import StoreWriter
-from tests.activations.tiny_store import fill, manifest
-append = StoreWriter.append
-def told(self, first, *arguments):
-    append(self, first, *arguments)
-    if first >= self.cursor.first:
-        print("appended", flush=True)
-StoreWriter.append = told
+from tests.activations.tiny_store import announce_appends, fill, manifest
+announce_appends()
 print("begun", flush=True)
 fill(Path(sys.argv[1]), manifest(), batches=500, rows=250)
 """

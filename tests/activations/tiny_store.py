@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from pathlib import Path
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -46,3 +47,15 @@ def contents(path: Path) -> dict[str, str]:
     """SHA-256 of every file below `path`, but for those that say who is writing."""
     files = (file for file in sorted(path.rglob("*")) if file.is_file() and file.parent.name != "claims")
     return {str(file.relative_to(path)): hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
+
+
+def announce_appends() -> None:
+    """In a process that a test will kill: print a line after every batch that a writer took."""
+    append = StoreWriter.append
+
+    def told(self: StoreWriter, first: int, *arguments: Any) -> None:
+        append(self, first, *arguments)
+        if first >= self.cursor.first:
+            print("appended", flush=True)
+
+    StoreWriter.append = told  # type: ignore[method-assign]
