@@ -77,31 +77,34 @@ class StoreReader:
         self.rows = int(self.block_rows.sum())
         self._open, self._lock = OrderedDict[int, tuple[Any, Any]](), Lock()
 
-    def read_blocks(self, blocks: Sequence[int] | Int64[np.ndarray, " n"]) -> Rows:
+    def read_blocks(self, blocks: Sequence[int] | Int64[np.ndarray, " n"], with_origin: bool = True) -> Rows:
         """The rows of these blocks, in this order. Raises UserError naming a shard that is missing or damaged."""
-        return self.begin(blocks)()
+        return self.begin(blocks, with_origin)()
 
-    def begin(self, blocks: Sequence[int] | Int64[np.ndarray, " n"]) -> Callable[[], Rows]:
+    def begin(self, blocks: Sequence[int] | Int64[np.ndarray, " n"], with_origin: bool = True) -> Callable[[], Rows]:
         """Ask for these blocks; calling the result waits for them. Threads may share it: all get the same rows."""
         sizes = self.block_rows[np.asarray(blocks)]
-        ends = sizes.cumsum()
-        rows = empty_rows(int(ends[-1]), self.d_model, self.dtype)
-        rounded_bd = np.empty((len(rows), self.d_model), np.int8) if self.manifest.dtype == "int8" else rows.resid
-        origin_bc = np.empty((len(rows), origin_width(self.manifest)), np.uint64)
-        reads = []
+        ends, rounded = sizes.cumsum(), self.manifest.dtype == "int8"
+        rows = empty_rows(int(ends[-1]), self.d_model, self.dtype, with_origin)
+        rounded_bd = np.empty((len(rows), self.d_model), np.int8) if rounded else rows.resid
+        # The scales of int8 rows lie beside their origin.
+        origin_bc = np.empty((len(rows), origin_width(self.manifest)), np.uint64) if with_origin or rounded else None
+        reads: list[tuple[int, Any]] = []
         for block, size, end in zip(blocks, sizes, ends, strict=True):
             start, stop = int(self._start_of[block]), int(self._start_of[block] + size)
             resid, origin = self._open_part(int(self._shard_of[block]))
-            reads.append(begin_read(resid, start, stop, rounded_bd[end - size : end]))
-            reads.append(begin_read(origin, start, stop, origin_bc[end - size : end]))
+            reads.append((int(block), begin_read(resid, start, stop, rounded_bd[end - size : end])))
+            if origin_bc is not None:
+                reads.append((int(block), begin_read(origin, start, stop, origin_bc[end - size : end])))
 
         def wait() -> Rows:
-            for index, read in enumerate(reads):
-                with storage(*self._blame(int(blocks[index // 2]))):
+            for block, read in reads:
+                with storage(*self._blame(block)):
                     read.result()
-            if self.manifest.dtype == "int8":
+            if origin_bc is not None and rounded:
                 from_int8(rounded_bd, origin_bc[:, 3].astype(np.uint32).view(np.float32), rows.resid)
-            rows.doc[:], rows.position[:], rows.token[:] = origin_bc[:, 0], origin_bc[:, 1], origin_bc[:, 2]
+            if origin_bc is not None and with_origin:
+                rows.doc[:], rows.position[:], rows.token[:] = origin_bc[:, 0], origin_bc[:, 1], origin_bc[:, 2]
             return rows
 
         return _once(wait)

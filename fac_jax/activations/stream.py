@@ -30,7 +30,7 @@ from fac_jax.activations.reader import StoreReader
 from fac_jax.activations.rows import Rows, empty_rows
 from fac_jax.errors import UserError
 
-WINDOW_BLOCKS = 128  # mixed together, over all streams: at most 128 MiB, of which the last three are kept
+WINDOW_BLOCKS = 128  # mixed together, over all streams: at most 128 MiB, of which four are kept
 READ = grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)
 
 
@@ -41,13 +41,14 @@ def batches(
     start_step: int = 0,
     streams: int = 1,
     spans: Sequence[tuple[int, int]] | None = None,
+    with_origin: bool = True,
 ) -> grain.DatasetIterator[tuple[int, Rows]]:
     """Endless (step, rows) from `start_step` on, read ahead by threads.
 
     `spans` says which rows of each batch are wanted here, as (start, stop) in order; by default all. The iterator has
     grain's `get_state` and `set_state`. Raises UserError when the sizes do not fit.
     """
-    batch = batch_function(reader, batch_rows, seed, streams, spans)
+    batch = batch_function(reader, batch_rows, seed, streams, spans, with_origin)
     steps = grain.MapDataset.range(start_step, sys.maxsize // 2)
     return iter(steps.map(lambda step: (int(step), batch(int(step)))).to_iter_dataset(READ))
 
@@ -58,6 +59,7 @@ def batch_function(
     seed: int,
     streams: int = 1,
     spans: Sequence[tuple[int, int]] | None = None,
+    with_origin: bool = True,
 ) -> Callable[[int], Rows]:
     """The pure function step -> the wanted rows; threads may call it. Neighbouring steps share their reads."""
     if batch_rows % streams:
@@ -66,10 +68,11 @@ def batch_function(
         raise UserError(f"store at {reader.path} has {len(reader.block_rows)} blocks, fewer than {streams} streams")
     share, wanted = batch_rows // streams, shares(batch_rows, streams, spans)
     window_blocks = max(1, WINDOW_BLOCKS // streams)
-    mine = {index: _Stream(reader, seed, index, streams, window_blocks) for index, _, _ in wanted}
+    mine = {index: _Stream(reader, seed, index, streams, window_blocks, with_origin) for index, _, _ in wanted}
+    count = sum(stop - start for _, start, stop in wanted)
 
     def batch(step: int) -> Rows:
-        rows = empty_rows(sum(stop - start for _, start, stop in wanted), reader.d_model, reader.dtype)
+        rows = empty_rows(count, reader.d_model, reader.dtype, with_origin)
         parts = [mine[index].begin(step * share + start, stop - start) for index, start, stop in wanted]
         filled = 0
         for take in itertools.chain.from_iterable(parts):  # every read has begun by now
@@ -105,11 +108,13 @@ class _Epoch:
 class _Stream:
     """An endless sequence of rows: blocks perm[index::streams] of epoch 0, of epoch 1, ..., mixed window by window."""
 
-    def __init__(self, reader: StoreReader, seed: int, index: int, streams: int, window_blocks: int) -> None:
+    def __init__(
+        self, reader: StoreReader, seed: int, index: int, streams: int, window_blocks: int, with_origin: bool
+    ) -> None:
         self._reader, self._seed, self._index, self._streams = reader, seed, index, streams
-        self._window_blocks = window_blocks
+        self._window_blocks, self._with_origin = window_blocks, with_origin
         self._epoch = lru_cache(maxsize=4)(self._make_epoch)
-        self._window, self._lock = lru_cache(maxsize=3)(self._begin_window), Lock()
+        self._window, self._lock = lru_cache(maxsize=4)(self._begin_window), Lock()
         self._epoch_starts = [0]
 
     def begin(self, row: int, count: int) -> list[Callable[[int, Rows], int]]:
@@ -132,6 +137,8 @@ class _Stream:
         """Rows [offset, offset + size) of a mixed window."""
         with self._lock:  # threads that want the same window share one reading of it
             read, order = self._window(number, window)
+            if window + 2 < len(self._epoch(number).starts):
+                self._window(number, window + 1)  # is read while this one is used
 
         def take(start: int, into: Rows) -> int:
             read().take(order[offset : offset + size], into.span(start, start + size))
@@ -161,4 +168,4 @@ class _Stream:
         blocks = epoch.blocks[window * self._window_blocks :][: self._window_blocks]
         rows = int(epoch.starts[window + 1] - epoch.starts[window])
         order = np.random.default_rng([self._seed, number, self._index, window]).permutation(rows)
-        return self._reader.begin(blocks), order
+        return self._reader.begin(blocks, self._with_origin), order

@@ -45,6 +45,8 @@ from fac_jax.sae.step import Batch, Metrics, TrainState, init_state, make_train_
 logger = logging.getLogger(__name__)
 SLOW_S = 1800.0
 """Seconds that a compilation, a checkpoint or a validation may take before a run of several processes is given up."""
+RowsFrom = Callable[[int, bool], Iterator[tuple[int, Rows]]]
+"""(step, this process's rows) from a step on, endlessly and always the same; their origin may be missing if False."""
 
 
 @dataclass(frozen=True)
@@ -77,15 +79,15 @@ class Fitted:
 def fit(
     members: Sequence[Member],
     mean_d: Float64[np.ndarray, " d"],
-    rows_from: Callable[[int], Iterator[tuple[int, Rows]]],
+    rows_from: RowsFrom,
     mesh: Mesh,
     out: Path,
     held_out_bd: BFloat16[np.ndarray, "b d"] | None = None,
 ) -> Fitted:
     """Train for `train.steps`, from the last checkpoint in `out` if there is one.
 
-    `rows_from(step)` yields (step, this process's rows), endlessly and always the same; a thread reads them. The
-    members, which share their train settings, see the same rows: each batch is read and moved to the devices once.
+    A thread reads the rows. The members, which share their train settings, see the same ones: each batch is read and
+    moved to the devices once.
     `held_out_bd` are rows that every checkpoint is measured on; without them none is better than another.
 
     Raises Stopped after SIGTERM, with a checkpoint of a step that is the same in every process.
@@ -105,8 +107,10 @@ def fit(
         steps, timings = [make_train_step(one.problem, mesh) for one in members], _Timings(out, first)
         waiting: deque[tuple[int, list[Metrics], Rows]] = deque()
         beat(f"the restoring of step {first}; the next one compiles", SLOW_S)
+        # Only the published weights need to know which rows are of one document; an error message reads a batch again.
+        read = _until(settings.steps, first, rows_from, members[0].problem.official)
         with (
-            moving_ahead(_until(settings.steps, first, rows_from), partial(_moved, members[0].problem, mesh)) as ahead,
+            moving_ahead(read, partial(_moved, members[0].problem, mesh)) as ahead,
             progress("train", (settings.steps - first) * settings.batch_rows, "tokens") as bar,
         ):
             for step, rows, batch in ahead:
@@ -120,7 +124,7 @@ def fit(
                 save = stopping or (step + 1) % settings.checkpoint_every == 0 or step + 1 == settings.steps
                 while len(waiting) > (0 if save else 1):
                     settled = waiting.popleft()
-                    bar.advance(settings.batch_rows, _settle(*settled, members, logs))
+                    bar.advance(settings.batch_rows, _settle(*settled, members, logs, rows_from))
                     timings.settled(settled[0], ahead.waited_s, settings)
                     beat(f"step {step}")
                 if save:
@@ -232,12 +236,10 @@ def _rates(begun: _Moment, now: _Moment, train: TrainConfig) -> dict[str, float]
     return {"rows_per_second": rows / seconds, "data_wait": min(1.0, waited_s / seconds)}
 
 
-def _until(
-    steps: int, first: int, rows_from: Callable[[int], Iterator[tuple[int, Rows]]]
-) -> Iterator[tuple[int, Rows]]:
+def _until(steps: int, first: int, rows_from: RowsFrom, with_origin: bool) -> Iterator[tuple[int, Rows]]:
     """Batches first ... steps - 1; nothing is read when there are none."""
     if first < steps:
-        for step, rows in rows_from(first):
+        for step, rows in rows_from(first, with_origin):
             yield step, rows
             if step + 1 == steps:
                 return
@@ -249,13 +251,20 @@ def is_logged(step: int, train: TrainConfig) -> bool:
 
 
 def _settle(
-    step: int, metrics: Sequence[Metrics], rows: Rows, members: Sequence[Member], logs: Sequence[MetricsLog]
+    step: int,
+    metrics: Sequence[Metrics],
+    rows: Rows,
+    members: Sequence[Member],
+    logs: Sequence[MetricsLog],
+    rows_from: RowsFrom,
 ) -> str:
     """Wait for a step's metrics, check and log them; returns a note for the progress bar."""
     train = members[0].problem.train
     found = [{name: value.item() for name, value in one._asdict().items()} for one in jax.device_get(list(metrics))]
     for member, values in zip(members, found, strict=True):
         if not (math.isfinite(values["loss"]) and math.isfinite(values["gradient_norm"])):
+            if len(rows.doc) < len(rows):
+                _, rows = next(rows_from(step, True))
             raise UserError(("" if len(members) == 1 else f"{member.name}: ") + _not_finite(step, values, rows))
     if is_logged(step, train):
         for log, values in zip(logs, found, strict=False):

@@ -23,7 +23,6 @@ from jaxtyping import Float64
 from fac_jax.activations.live import LiveRows
 from fac_jax.activations.manifest import check_holds
 from fac_jax.activations.reader import StoreReader
-from fac_jax.activations.rows import Rows
 from fac_jax.activations.store import layer_path, store_of
 from fac_jax.activations.stream import batches, streams_for
 from fac_jax.config import Config, SaeConfig, TrainConfig, Variant
@@ -32,7 +31,7 @@ from fac_jax.mesh import make_mesh, own_rows, platform
 from fac_jax.plain import to_plain
 from fac_jax.runs import write_text
 from fac_jax.sae.checkpoint import load_sae, save_sae
-from fac_jax.sae.fit import Fitted, Member, fit
+from fac_jax.sae.fit import Fitted, Member, RowsFrom, fit
 from fac_jax.sae.metrics import DENSITY_EDGES, Validation, validate
 from fac_jax.sae.model import SAE
 from fac_jax.sae.problem import decoding_plan, pose
@@ -141,8 +140,7 @@ class Source:
     mean_d: Float64[np.ndarray, " d"]
     """Mean residual of the training rows."""
     median_norm: float
-    rows_from: Callable[[int], Iterator[tuple[int, Rows]]]
-    """(step, this process's rows) from a step on."""
+    rows_from: RowsFrom
     held_out: Callable[[], Iterable[np.ndarray]]
     """Blocks of held-out rows, in order."""
     account: Callable[[], dict[str, Any]]
@@ -173,7 +171,9 @@ def _from_store(config: Config, inputs: Mapping[str, Path], mesh: Mesh, spans: S
         *(mesh, manifest.model, manifest.model_digest, manifest.layer, manifest.d_model),
         mean_d=reader.mean,
         median_norm=reader.median_norm,
-        rows_from=lambda step: batches(reader, settings.batch_rows, config.run.seed, step, streams, spans),
+        rows_from=lambda step, with_origin: batches(
+            reader, settings.batch_rows, config.run.seed, step, streams, spans, with_origin
+        ),
         held_out=lambda: _in_order(held_out),
         account=lambda: {
             "store_rows": reader.rows,
@@ -253,7 +253,7 @@ def _variant(sae: SaeConfig) -> Variant:
 def _in_order(reader: StoreReader) -> Iterable[np.ndarray]:
     blocks = np.arange(len(reader.block_rows))
     for start in range(0, len(blocks), VALIDATION_BLOCKS):
-        yield reader.read_blocks(blocks[start : start + VALIDATION_BLOCKS]).resid
+        yield reader.read_blocks(blocks[start : start + VALIDATION_BLOCKS], with_origin=False).resid
 
 
 def _origin(source: Source) -> dict[str, Any]:

@@ -124,13 +124,14 @@ def warm_page_cache(folder: Path) -> None:
 def read_stream(folder: Path, batch_rows: int) -> Pieces:
     """Batches as training gets them."""
     reader = StoreReader(folder)
-    return reader.rows, (rows.resid for _, rows in batches(reader, batch_rows, seed=0))
+    return reader.rows, (rows.resid for _, rows in batches(reader, batch_rows, seed=0, with_origin=False))
 
 
 def read_raw(folder: Path, batch_rows: int) -> Pieces:
     """The same blocks, as many at a time as the stream mixes, in the order read."""
     reader = StoreReader(folder)
-    return reader.rows, (reader.read_blocks(blocks).resid for blocks in random_blocks(len(reader.block_rows)))
+    numbers = random_blocks(len(reader.block_rows))
+    return reader.rows, (reader.read_blocks(blocks, with_origin=False).resid for blocks in numbers)
 
 
 def read_memmap_rows(folder: Path, batch_rows: int) -> Pieces:

@@ -12,6 +12,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
+from fac_jax.activations import reader as reader_module
 from fac_jax.activations import stream
 from fac_jax.activations.reader import StoreReader
 from fac_jax.activations.rows import Rows
@@ -20,7 +21,7 @@ from fac_jax.activations.stream import batch_function, batches, streams_for
 from fac_jax.activations.writer import StoreWriter
 from fac_jax.config import HarvestConfig
 from fac_jax.errors import UserError
-from tests.activations.tiny_store import WIDTH, manifest
+from tests.activations.tiny_store import WIDTH, fill, manifest
 
 
 def same(a: Rows, b: Rows) -> bool:
@@ -39,6 +40,25 @@ def test_a_batch_is_a_pure_function_of_its_step(reader: StoreReader, store: Path
     for step in (39, 0, 17, 16, 15, 38):  # across windows and epochs, backwards
         assert same(other(step), in_order[step])
     assert not same(batch_function(reader, 100, seed=4)(0), in_order[0])
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "int8"])
+def test_rows_without_their_origin(tmp_path: Path, dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are the same, and the store's arrays of origins are left alone: but for int8, whose scales lie there."""
+    fill(tmp_path, replace(manifest(), dtype=dtype), batches=8, rows=250)
+    reader, steps, read = StoreReader(tmp_path), (0, 1, 20), set[str]()
+    whole = batch_function(reader, 100, seed=3)
+    wanted = [whole(step) for step in steps]
+    begin_read = reader_module.begin_read
+    monkeypatch.setattr(
+        reader_module, "begin_read", lambda array, *args: (read.add(array.dtype.name), begin_read(array, *args))[1]
+    )
+    bare = batch_function(reader, 100, seed=3, with_origin=False)
+    for step, rows in zip(steps, wanted, strict=True):
+        found = bare(step)
+        assert np.array_equal(found.resid, rows.resid)
+        assert len(found) == 100 and len(found.doc) == len(found.position) == len(found.token) == 0
+    assert read == ({"int8", "uint64"} if dtype == "int8" else {"bfloat16"})
 
 
 def test_it_resumes_from_its_step_and_from_grains_state(reader: StoreReader) -> None:
@@ -91,7 +111,7 @@ def test_hosts_read_their_rows_of_the_same_batch(
 def test_a_host_reads_only_the_streams_of_its_rows(reader: StoreReader, monkeypatch: pytest.MonkeyPatch) -> None:
     read: set[int] = set()
     begin = reader.begin
-    monkeypatch.setattr(reader, "begin", lambda blocks: (read.update(map(int, blocks)), begin(blocks))[1])
+    monkeypatch.setattr(reader, "begin", lambda blocks, *args: (read.update(map(int, blocks)), begin(blocks, *args))[1])
     for start, stop in ((0, 60), (60, 120)):
         before, read = read, set()
         share = batch_function(reader, 120, seed=0, streams=2, spans=[(start, stop)])
@@ -193,21 +213,21 @@ print(rows, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
 
 def test_memory_does_not_grow_with_the_store(tmp_path: Path) -> None:
     peaks = []
-    for name, shards in (("small", 4), ("large", 40)):
-        described = replace(manifest(shard_rows=8192), d_model=512)
+    for name, shards in (("small", 8), ("large", 80)):  # four windows, and forty
+        described = replace(manifest(shard_rows=8192), d_model=256)
         create_store(tmp_path / name, described)
         with StoreWriter(tmp_path / name, described, "p0000") as writer:
             for index in range(shards):
-                resid = np.full((8192, 512), index, ml_dtypes.bfloat16)
+                resid = np.full((8192, 256), index, ml_dtypes.bfloat16)
                 token = np.arange(8192, dtype=np.int32)
                 rows = Rows(resid, token.astype(np.uint64), token, token)
                 writer.append(index, {}, rows, np.zeros(8192, bool))
             writer.finish({})
         complete_store(tmp_path / name, ["p0000"])
-        command = [sys.executable, "-c", MEMORY, str(tmp_path / name), str(shards * 8)]
+        command = [sys.executable, "-c", MEMORY, str(tmp_path / name), "640"]
         done = subprocess.run(command, check=True, capture_output=True, text=True, cwd=Path(__file__).parents[2])
         seen, peak = map(int, done.stdout.split())
-        assert seen == shards * 8192
+        assert seen == 80 * 8192  # ten epochs of the small one
         peaks.append(peak)
     print(f"peak RSS: {peaks[0] / 1024:.0f} MiB for 32 MiB of rows, {peaks[1] / 1024:.0f} MiB for 320 MiB")
     assert peaks[1] < 1.1 * peaks[0]

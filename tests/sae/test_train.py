@@ -37,7 +37,7 @@ SETTINGS = TrainConfig(
 )
 
 
-def rows_from(step: int) -> Iterator[tuple[int, Rows]]:
+def rows_from(step: int, with_origin: bool = True) -> Iterator[tuple[int, Rows]]:
     while True:
         yield step, rows_of(step)
         step += 1
@@ -83,7 +83,7 @@ def test_the_share_of_time_waited_for_rows(tmp_path: Path, mesh_1x1: Mesh, monke
         take = make_train_step(*given)
         return lambda *args: (time.sleep(0.05), take(*args))[1]
 
-    def slow_reading(step: int) -> Iterator[tuple[int, Rows]]:
+    def slow_reading(step: int, with_origin: bool) -> Iterator[tuple[int, Rows]]:
         return ((time.sleep(0.05), pair)[1] for pair in rows_from(step))
 
     waited = run(tmp_path / "slow reading", mesh_1x1, slow_reading)
@@ -100,7 +100,7 @@ def test_stopped_and_continued_is_undisturbed(undisturbed: tuple[Path, Fitted], 
     class Stop(Exception):
         pass
 
-    def interrupted(step: int) -> Iterator[tuple[int, Rows]]:
+    def interrupted(step: int, with_origin: bool) -> Iterator[tuple[int, Rows]]:
         for number, rows in rows_from(step):
             if number == 11:
                 raise Stop  # after the checkpoint of step 8 and lines beyond it
@@ -110,7 +110,7 @@ def test_stopped_and_continued_is_undisturbed(undisturbed: tuple[Path, Fitted], 
         run(tmp_path, mesh_1x1, interrupted)
     asked: list[int] = []
 
-    def watched(step: int) -> Iterator[tuple[int, Rows]]:
+    def watched(step: int, with_origin: bool) -> Iterator[tuple[int, Rows]]:
         asked.append(step)
         return rows_from(step)
 
@@ -120,7 +120,7 @@ def test_stopped_and_continued_is_undisturbed(undisturbed: tuple[Path, Fitted], 
 
 
 def test_finished_training_is_not_done_again(undisturbed: tuple[Path, Fitted], mesh_1x1: Mesh) -> None:
-    def never(step: int) -> Iterator[tuple[int, Rows]]:
+    def never(step: int, with_origin: bool) -> Iterator[tuple[int, Rows]]:
         raise AssertionError("rows were read")
 
     assert_same_bytes(run(undisturbed[0], mesh_1x1, never).states[0], undisturbed[1].states[0])
@@ -134,7 +134,7 @@ def test_killed_process_is_undisturbed(undisturbed: tuple[Path, Fitted], tmp_pat
         "import test_train as t\n"
         "from fac_jax.config import MeshConfig\n"
         "from fac_jax.mesh import make_mesh\n"
-        "slow = lambda step: ((time.sleep(0.3), pair)[1] for pair in t.rows_from(step))\n"
+        "slow = lambda step, with_origin: ((time.sleep(0.3), pair)[1] for pair in t.rows_from(step))\n"
         "t.run(Path(sys.argv[1]), make_mesh(MeshConfig(data=1)), slow)\n"
     )
     arguments = [sys.executable, "-c", program, str(tmp_path), str(Path(__file__).parent)]
@@ -161,7 +161,7 @@ def test_continues_on_another_mesh(
 
 
 def test_rows_that_are_not_finite_stop_the_run(tmp_path: Path, mesh_1x1: Mesh) -> None:
-    def poisoned(step: int) -> Iterator[tuple[int, Rows]]:
+    def poisoned(step: int, with_origin: bool) -> Iterator[tuple[int, Rows]]:
         for number, rows in rows_from(step):
             if number == 5:
                 rows.resid[9, 2] = np.nan
@@ -174,6 +174,23 @@ def test_rows_that_are_not_finite_stop_the_run(tmp_path: Path, mesh_1x1: Mesh) -
     with pytest.raises(UserError, match=message):
         run(tmp_path, mesh_1x1, poisoned)
     assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["4"]
+
+
+def test_documents_are_read_only_to_be_named(tmp_path: Path, mesh_1x1: Mesh) -> None:
+    """A batch comes without its documents; the one that stops the run is read once more, with them."""
+    asked: list[tuple[int, bool]] = []
+
+    def poisoned(step: int, with_origin: bool) -> Iterator[tuple[int, Rows]]:
+        asked.append((step, with_origin))
+        for number, rows in rows_from(step):
+            if number == 5:
+                rows.resid[9, 2] = np.nan
+            known = len(rows) if with_origin else 0
+            yield number, Rows(rows.resid, rows.doc[:known], rows.position[:known], rows.token[:known])
+
+    with pytest.raises(UserError, match=r"1 of its rows are not finite \(documents 000000000000138a at token 9\)"):
+        run(tmp_path, mesh_1x1, poisoned)
+    assert asked == [(0, False), (5, True)]
 
 
 def test_divergence_names_the_rate(tmp_path: Path, mesh_1x1: Mesh) -> None:
