@@ -106,6 +106,9 @@ class Run:
         self.config = config
         self.dir = Path(config.run.dir)
         self._lock: int | None = None
+        # Products that were checked since the last one was made: by stage, their digest. Without it a run checks the
+        # files of a product once for every way from a later stage to it.
+        self._sound: dict[str, str] = {}
 
     def __enter__(self) -> Run:
         check_same(self.config)
@@ -180,6 +183,7 @@ class Run:
         if is_first():
             write_text(out / RECORD, json.dumps(to_plain(record), indent=1, allow_nan=False))
             (out / PARTIAL).unlink()
+        self._sound.clear()  # making it may have taken days
         wait_for_all(f"{stage.name} has its record")
         return record
 
@@ -201,18 +205,24 @@ class Run:
         for name in stage.inputs:
             owner, _, file = name.partition("/")
             source = stages[owner]
-            record = read_record(self.folder(source))
-            command = f"`{source.command}`"
-            if record is None:
-                raise UserError(f"{stage.name} needs {self.folder(source)}, which is not made yet: run {command} first")
-            if record.digest != self._key(source, self.input_digests(source, stages)):
-                raise UserError(
-                    f"{stage.name} needs {self.folder(source)}, which was made with other settings than the config "
-                    f"has now: run {command} again (`fac status CONFIG` shows what changed)"
-                )
-            self._check_files(record, self.folder(source), source)
-            found[name] = record.digest if not file else file_digest(self.folder(source) / file)
+            if owner not in self._sound:
+                self._sound[owner] = self._check_input(stage, source, stages)
+            found[name] = self._sound[owner] if not file else file_digest(self.folder(source) / file)
         return found
+
+    def _check_input(self, stage: Stage, source: Stage, stages: Mapping[str, Stage]) -> str:
+        """Digest of the product of `source`, which is there, up to date and whole."""
+        record = read_record(self.folder(source))
+        command = f"`{source.command}`"
+        if record is None:
+            raise UserError(f"{stage.name} needs {self.folder(source)}, which is not made yet: run {command} first")
+        if record.digest != self._key(source, self.input_digests(source, stages)):
+            raise UserError(
+                f"{stage.name} needs {self.folder(source)}, which was made with other settings than the config "
+                f"has now: run {command} again (`fac status CONFIG` shows what changed)"
+            )
+        self._check_files(record, self.folder(source), source)
+        return record.digest
 
     def state(self, stage: Stage, stages: Mapping[str, Stage]) -> tuple[str, Record | None]:
         """`done`, `outdated`, `partial` or `absent`, and the record when there is one."""

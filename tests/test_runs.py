@@ -191,3 +191,39 @@ def test_records_are_json(recorder: Recorder, config: Config) -> None:
     assert record["files"]["value.txt"] == 1 and dataclasses.is_dataclass(
         read_record(Path(config.run.dir, "products/one"))
     )
+
+
+def test_a_product_is_looked_at_once_however_many_ways_lead_to_it(
+    recorder: Recorder, config: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ten stages, each made from all before it: 2 ** 9 ways from the last to the first."""
+    stages: dict[str, Stage] = {}
+    for number in range(10):
+        stages[str(number)] = recorder.stage(str(number), 1, tuple(stages))
+    execute(config, stages)
+    looked_at: list[str] = []
+    check_files = Run._check_files
+    monkeypatch.setattr(
+        Run,
+        "_check_files",
+        lambda run, record, *rest: (looked_at.append(record.stage), check_files(run, record, *rest)),
+    )
+    execute(config, stages)
+    assert len(recorder.ran) == 10
+    assert sorted(looked_at) == sorted([*stages, *list(stages)[:-1]]), "as done, and as an input"
+
+
+def test_a_product_lost_while_a_later_one_was_made_is_noticed(recorder: Recorder, config: Config) -> None:
+    """What was whole when the run began may be gone days later."""
+    stages = chain(recorder)
+    stages["four"] = recorder.stage("four", 1, ("one", "three"))
+    make = stages["three"].function
+
+    def lose(config: Config, out: Path, folders: Mapping[str, Path]) -> dict[str, Any]:
+        (Path(config.run.dir) / "products/one/value.txt").unlink()
+        return make(config, out, folders)
+
+    stages["three"] = dataclasses.replace(stages["three"], function=lose)
+    with pytest.raises(UserError, match=r"one/value.txt is missing: the product of one is damaged"):
+        execute(config, stages)
+    assert recorder.ran == ["one", "two", "three"]
