@@ -193,6 +193,7 @@ class Run:
         done = read_record(out)
         if done is not None:
             self._check_files(done, out, stage)
+            self._sound[stage.name] = key
             log.info("%s: done already (%s)", stage.name, done.finished)
             return done
         out.mkdir(parents=True, exist_ok=True)

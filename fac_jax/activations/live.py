@@ -123,8 +123,8 @@ class LiveRows:
         """Mean residual."""
         return np.asarray(self.statistics.mean)
 
-    def batches(self, step: int, with_origin: bool = True) -> Iterator[tuple[int, Rows]]:
-        """(step, rows) from `step` on, endlessly; always with their origin, which costs nothing here."""
+    def batches(self, step: int) -> Iterator[tuple[int, Rows]]:
+        """(step, rows) from `step` on, endlessly."""
         for number in count(step):
             yield number, self.batch(number)
 

@@ -87,23 +87,23 @@ class StoreReader:
         ends, rounded = sizes.cumsum(), self.manifest.dtype == "int8"
         rows = empty_rows(int(ends[-1]), self.d_model, self.dtype, with_origin)
         rounded_bd = np.empty((len(rows), self.d_model), np.int8) if rounded else rows.resid
-        # The scales of int8 rows lie beside their origin.
-        origin_bc = np.empty((len(rows), origin_width(self.manifest)), np.uint64) if with_origin or rounded else None
+        reads_origin = with_origin or rounded  # the scales of int8 rows lie beside it
+        origin_bc = np.empty((len(rows) if reads_origin else 0, origin_width(self.manifest)), np.uint64)
         reads: list[tuple[int, Any]] = []
         for block, size, end in zip(blocks, sizes, ends, strict=True):
             start, stop = int(self._start_of[block]), int(self._start_of[block] + size)
             resid, origin = self._open_part(int(self._shard_of[block]))
             reads.append((int(block), begin_read(resid, start, stop, rounded_bd[end - size : end])))
-            if origin_bc is not None:
+            if reads_origin:
                 reads.append((int(block), begin_read(origin, start, stop, origin_bc[end - size : end])))
 
         def wait() -> Rows:
             for block, read in reads:
                 with storage(*self._blame(block)):
                     read.result()
-            if origin_bc is not None and rounded:
+            if rounded:
                 from_int8(rounded_bd, origin_bc[:, 3].astype(np.uint32).view(np.float32), rows.resid)
-            if origin_bc is not None and with_origin:
+            if with_origin:
                 rows.doc[:], rows.position[:], rows.token[:] = origin_bc[:, 0], origin_bc[:, 1], origin_bc[:, 2]
             return rows
 

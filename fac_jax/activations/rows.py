@@ -32,13 +32,18 @@ class Rows:
     def __len__(self) -> int:
         return len(self.resid)
 
+    @property
+    def has_origin(self) -> bool:
+        """Whether `doc`, `position` and `token` are there."""
+        return len(self.doc) == len(self)
+
     def take(self, index: Int64[np.ndarray, " n"], into: Rows | None = None) -> Rows:
         """The rows at `index`, in new arrays or in those of `into`."""
         if into is None:
-            into = empty_rows(len(index), self.resid.shape[1], self.resid.dtype)
+            into = empty_rows(len(index), self.resid.shape[1], self.resid.dtype, self.has_origin)
         for f in dataclasses.fields(self):
             source, target = getattr(self, f.name), getattr(into, f.name)
-            if len(target) == 0:
+            if len(target) == 0:  # nobody asked for it
                 continue
             if source.dtype == ml_dtypes.bfloat16:  # numpy moves its own types 4 times as fast
                 source, target = source.view(np.uint16), target.view(np.uint16)

@@ -263,7 +263,7 @@ def _settle(
     found = [{name: value.item() for name, value in one._asdict().items()} for one in jax.device_get(list(metrics))]
     for member, values in zip(members, found, strict=True):
         if not (math.isfinite(values["loss"]) and math.isfinite(values["gradient_norm"])):
-            if len(rows.doc) < len(rows):
+            if not rows.has_origin:
                 _, rows = next(rows_from(step, True))
             raise UserError(("" if len(members) == 1 else f"{member.name}: ") + _not_finite(step, values, rows))
     if is_logged(step, train):

@@ -189,7 +189,7 @@ def _from_live(config: Config, live: LiveRows, mesh: Mesh) -> Source:
         *(mesh, found.model, found.model_digest, found.layer, len(found.mean)),
         mean_d=live.mean,
         median_norm=found.median_norm,
-        rows_from=live.batches,
+        rows_from=lambda step, with_origin: live.batches(step),  # origin costs nothing here
         held_out=lambda: [live.held_out_bd],
         account=lambda: {
             "activations": "live",

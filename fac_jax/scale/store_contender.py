@@ -122,7 +122,7 @@ def warm_page_cache(folder: Path) -> None:
 
 
 def read_stream(folder: Path, batch_rows: int) -> Pieces:
-    """Batches as training gets them."""
+    """Batches as training gets them, from one stream."""
     reader = StoreReader(folder)
     return reader.rows, (rows.resid for _, rows in batches(reader, batch_rows, seed=0, with_origin=False))
 
