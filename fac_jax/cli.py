@@ -51,7 +51,7 @@ def main(arguments: list[str] | None = None) -> int:
 def _main(arguments: list[str]) -> int:
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # it would say that torch is missing: not needed
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
-    for noisy in ("absl", "jax", "httpx", "transformers", "huggingface_hub"):
+    for noisy in ("absl", "jax", "aiohttp", "transformers", "huggingface_hub"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
     logging.getLogger("orbax").setLevel(logging.CRITICAL)  # what it reports from its threads is raised as well
     errors = Console(stderr=True, highlight=False, soft_wrap=True)
@@ -101,6 +101,8 @@ def _dispatch(arguments: list[str]) -> int:
     if verb.needs_config and (not rest or rest[0].startswith("-")):
         print(f"usage: fac {name} CONFIG [--section.field value ...]; the YAML file comes first", file=sys.stderr)
         return 2
+    rest = [SHORT.get(word, f"{SHORT.get(flag, flag)}={value}" if equals else word)
+            for word in rest for flag, equals, value in [word.partition("=")]]  # fmt: skip
     options = _take_options(rest, OPTIONS.get(name, {}))
     path = rest.pop(0) if rest and not rest[0].startswith("-") else None
     config = _parse(name, verb, path, rest, options.pop("on-bad-row", None))
@@ -401,6 +403,10 @@ OPTIONS["plan"].update(
         "out": "FILE: a JSON file to write",
     }
 )
+for _asking in ("run", "explain", "judge", "synthesize"):
+    OPTIONS[_asking]["max-cost"] = "MONEY: short for --llm.max-cost, what the run directory may spend on answers"
+    OPTIONS[_asking]["max-tokens"] = "N: short for --llm.max-tokens, read and written"
+SHORT = {"--max-cost": "--llm.max-cost", "--max-tokens": "--llm.max-tokens"}
 FLAGS = ("search",)
 """Options that take no value."""
 

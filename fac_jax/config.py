@@ -495,18 +495,33 @@ class LlmConfig:
     model: str | None = None
     """Model name as the server knows it; by default the first one it lists."""
     key_env: str = "OPENAI_API_KEY"
-    """Environment variable with the key; it is never written anywhere."""
+    """Environment variable with the key, or with _FILE behind it, of a file that holds it; it is never written."""
     timeout_s: float = 120.0
-    """Seconds a request may take."""
+    """Seconds one try of a request may take."""
+    deadline_s: float | None = None
+    """Seconds after its start from which a command sends nothing more: it stops, and what arrived is kept."""
     retries: int = 5
     """Tries after the first one, on 429, 5xx and broken connections, with growing pauses."""
-    concurrency: int = 16
-    """Requests in flight."""
+    concurrency: int = 64
+    """Requests in flight at most; fewer as long as the server cannot keep up."""
+    cache: bool = True
+    """Keep answers in the user's cache folder (FAC_JAX_CACHE, or XDG_CACHE_HOME), and use them again in any run."""
+    price_in: float | None = None
+    """Money for a million tokens read, in any currency; none: costs are not known."""
+    price_out: float | None = None
+    """Money for a million tokens written."""
+    max_cost: float | None = None
+    """Money that a run directory may spend; reached, the command stops, over by what was in flight at most."""
+    max_tokens: int | None = None
+    """Tokens, read and written, that a run directory may spend."""
     local_batch: int = 32
     """Prompts decoded together when the backbone itself writes."""
 
     def __post_init__(self) -> None:
         check(self.timeout_s > 0, f"llm.timeout_s is {self.timeout_s}; it must be above 0")
+        for name in ("deadline_s", "price_in", "price_out", "max_cost", "max_tokens"):
+            value = getattr(self, name)
+            check(value is None or value >= 0, f"llm.{name} is {value}; it must be at least 0")
         for name, floor in {"retries": 0, "concurrency": 1, "local_batch": 1}.items():
             check(getattr(self, name) >= floor, f"llm.{name} is {getattr(self, name)}; it must be at least {floor}")
 

@@ -7,18 +7,21 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-import httpx
 import jax
 
 from fac_jax.config import Config
 from fac_jax.errors import UserError
+from fac_jax.llm.http import HttpGenerator
 from fac_jax.mesh import make_mesh
 from fac_jax.runs import versions
 from fac_jax.text import resolve
 
+PATIENCE_S = 30.0
+"""Seconds for a server to answer; one that loads its model first may take longer, and is not ready then."""
 LEAST_FREE_BYTES = 2**30  # the quickstart's run directory takes about half of it
 
 
@@ -33,7 +36,7 @@ def checks(config: Config) -> Iterator[tuple[str, bool, str]]:
         yield from _check(f"data.{name}", partial(_data, config, name))
     yield from _check("disk", partial(_disk, config))
     if config.llm.url:
-        yield from _check("llm", partial(_server, config.llm.url))
+        yield from _check("llm", partial(_server, config))
     else:
         yield "llm", True, "llm.url is not set: the embedded methods explain, judge and write"
 
@@ -78,12 +81,12 @@ def _disk(config: Config) -> str:
     return found
 
 
-def _server(url: str) -> str:
-    try:
-        reply = httpx.get(f"{url.rstrip('/')}/models", timeout=5)
-        models = [str(model["id"]) for model in reply.json()["data"]]
-    except (httpx.HTTPError, ValueError, KeyError, TypeError) as error:
-        raise UserError(
-            f"{url}/models does not answer as an OpenAI-compatible server ({error!r}); start it first"
-        ) from None
-    return f"{url} serves {', '.join(models)}"
+def _server(config: Config) -> str:
+    """Who answers at `llm.url`, and whether it follows a schema: one small question, a few tokens."""
+    # Nothing is tried again here, and nothing is written: a doctor looks.
+    generator = HttpGenerator(replace(config.llm, retries=0, timeout_s=min(config.llm.timeout_s, PATIENCE_S)))
+    known = generator.meet()
+    follows = (
+        "follows JSON schemas" if generator.follows_schema else "ignores JSON schemas: many answers will not count"
+    )
+    return f"{known['url']} serves {known['model']} (its answers say {known['answers_as']}) and {follows}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import tempfile
 
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8".strip()
 os.environ["JAX_PLATFORMS"] = "cpu"
@@ -13,6 +14,9 @@ from jax.sharding import Mesh
 
 from fac_jax.config import MeshConfig
 from fac_jax.mesh import make_mesh
+
+CACHE = tempfile.TemporaryDirectory(prefix="fac-jax-tests-")  # nobody's answers are read, and none of the tests' kept
+os.environ["FAC_JAX_CACHE"] = CACHE.name
 
 
 @pytest.fixture(scope="session")

@@ -15,6 +15,7 @@ from types import TracebackType
 from typing import Any
 
 from fac_jax.llm.client import OnReply, Reply, Request
+from fac_jax.llm.http import PROBE
 
 
 class FakeGenerator:
@@ -25,7 +26,14 @@ class FakeGenerator:
         self.requests: list[Request] = []
         self._write = write
 
-    def generate(self, requests: Sequence[Request], on_reply: OnReply | None = None) -> list[Reply]:
+    @property
+    def spent(self) -> str:
+        """See `Generator.spent`."""
+        return f"{len(self.requests)} requests"
+
+    def generate(
+        self, requests: Sequence[Request], on_reply: OnReply | None = None, about: Sequence[str] | None = None
+    ) -> list[Reply]:
         """See `Generator.generate`. Replies arrive in reverse, so that nobody relies on their order."""
         replies: dict[int, Reply] = {}
         for index in reversed(range(len(requests))):
@@ -73,7 +81,8 @@ class FakeServer:
     """A loopback server: `with FakeServer([rate_limited("1"), GOOD]) as server: ... server.url`.
 
     `write(body)` makes the text of good answers. `bodies` and `keys` hold what chat requests carried, `models` what
-    `/models` lists, `most_at_once` the largest number of chat requests that were open at one time.
+    `/models` lists, `most_at_once` the largest number of chat requests that were open at one time. The small question
+    that `llm/http.py` asks first is answered beside the script, as a server does that follows schemas or does not.
     """
 
     def __init__(
@@ -82,8 +91,14 @@ class FakeServer:
         write: Callable[[dict[str, Any]], str] = lambda body: "echo: " + body["messages"][-1]["content"],
         models: Sequence[str] = ("fake-model",),
         then: Answer = GOOD,
+        follows_schema: bool = True,
     ) -> None:
-        self.models, self.write = list(models), write
+        self.models, self.write, self.follows_schema = list(models), write, follows_schema
+        self.probes = 0
+        self.listed: dict[str, Any] = {}
+        """What `/models` says of each model beside its name."""
+        self.answers_as: str | None = None
+        """The model that answers name; None: the one that was asked for."""
         self.bodies: list[dict[str, Any]] = []
         self.keys: list[str | None] = []
         self.most_at_once = 0
@@ -92,6 +107,7 @@ class FakeServer:
         self._lock = threading.Lock()
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), _handler(self))
         self._server.daemon_threads = True
+        self._server.handle_error = _silent  # type: ignore[method-assign]
         self._thread = threading.Thread(target=self._server.serve_forever, args=(0.02,), daemon=True)
 
     @property
@@ -111,6 +127,10 @@ class FakeServer:
 
     def chat(self, body: dict[str, Any], key: str | None) -> Answer:
         """Note a chat request and take the next answer of the script, its body filled in."""
+        if body["messages"] == list(PROBE.messages):
+            self.probes += 1
+            text = '{"colour": "green"}' if self.follows_schema else "Hello"
+            return Answer(body=json.dumps(self._completion(body, text)))
         with self._lock:
             self.bodies.append(body)
             self.keys.append(key)
@@ -120,19 +140,29 @@ class FakeServer:
         time.sleep(answer.delay_s)
         with self._lock:
             self._open -= 1
-        filled = answer.body if answer.body is not None else json.dumps(self._completion(body))
+        filled = answer.body if answer.body is not None else json.dumps(self._completion(body, self.write(body)))
         return Answer(answer.status, filled, answer.headers, cut=answer.cut)
 
     def listing(self) -> Answer:
         """What `/models` answers."""
-        return Answer(body=json.dumps({"object": "list", "data": [{"id": name} for name in self.models]}))
+        return Answer(
+            body=json.dumps({"object": "list", "data": [{"id": name, **self.listed} for name in self.models]})
+        )
 
-    def _completion(self, body: dict[str, Any]) -> dict[str, Any]:
-        text = self.write(body)
+    def _completion(self, body: dict[str, Any], text: str) -> dict[str, Any]:
         message = {"role": "assistant", "content": text}
         usage = {"prompt_tokens": 7, "completion_tokens": len(text.split()), "total_tokens": 7 + len(text.split())}
         choice = {"index": 0, "message": message, "finish_reason": "stop"}
-        return {"object": "chat.completion", "model": body.get("model"), "choices": [choice], "usage": usage}
+        return {
+            "object": "chat.completion",
+            "model": self.answers_as or body.get("model"),
+            "choices": [choice],
+            "usage": usage,
+        }
+
+
+def _silent(request: Any, client: Any) -> None:
+    """A client that was killed broke the connection: that is what it is for, and no traceback."""
 
 
 def _handler(server: FakeServer) -> type[BaseHTTPRequestHandler]:

@@ -38,8 +38,16 @@ class LocalGenerator:
                 "set llm.url to a server, or backbone.model to an instruction-tuned model"
             )
         self._loaded, self._batch = loaded, batch
+        self._tokens = 0
 
-    def generate(self, requests: Sequence[Request], on_reply: OnReply | None = None) -> list[Reply]:
+    @property
+    def spent(self) -> str:
+        """See `Generator.spent`."""
+        return f"{self._tokens:,} tokens"
+
+    def generate(
+        self, requests: Sequence[Request], on_reply: OnReply | None = None, about: Sequence[str] | None = None
+    ) -> list[Reply]:
         """See `Generator.generate`. Raises UserError when a schema is asked for: nothing here enforces one."""
         if any(request.schema is not None for request in requests):
             raise UserError(f"{self.name} cannot follow a JSON schema; set llm.url to a server that can")
@@ -69,6 +77,7 @@ class LocalGenerator:
             reason = "stop" if len(tokens) < max_tokens else "length"
             reply = Reply(text, reason, len(prompts[place]), len(tokens), self.model)
             replies[chosen[place]] = reply
+            self._tokens += len(prompts[place]) + len(tokens)
             if on_reply is not None:
                 on_reply(chosen[place], reply)
 

@@ -17,6 +17,7 @@ from fac_jax import __version__
 from fac_jax.config import Config
 from fac_jax.report import apparatus, gain, gap
 from fac_jax.report.blocks import Section, render
+from fac_jax.report.costs import costs
 from fac_jax.report.markup import Html, tag
 from fac_jax.report.products import RunView, read_view
 from fac_jax.report.sweep import sweep
@@ -64,6 +65,7 @@ def _sections(view: RunView) -> list[Section]:
         apparatus.what_was_run(view),
         apparatus.training(view),
         *sweep(view),
+        *costs(view),
         apparatus.methods(view),
         apparatus.limits(view),
         apparatus.provenance(view),

@@ -16,6 +16,7 @@ import pyarrow.parquet as pq
 
 from fac_jax.config import Config
 from fac_jax.errors import UserError
+from fac_jax.llm.ledger import read_ledger
 from fac_jax.runs import Record, read_record
 
 Row = Mapping[str, Any]
@@ -106,6 +107,8 @@ class RunView:
     evaluation: Row | None
     selection: Sequence[Row] | None
     finetune: Row | None
+    ledger: Sequence[Row]
+    """What each answer of a server cost; empty when none was asked."""
 
     @property
     def task(self) -> str:
@@ -151,6 +154,7 @@ def read_view(run_dir: Path, config: Config) -> RunView:
         evaluation=_json(done["evaluation"] / "coverage.json") if "evaluation" in done else None,
         selection=_rows(done["selection"] / "selected.parquet") if "selection" in done else None,
         finetune=_json(done["finetune"] / "eval.json") if "finetune" in done else None,
+        ledger=read_ledger(run_dir),
     )
 
 

@@ -14,6 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from fac_jax.config import load_config
+from fac_jax.report.costs import said
 from fac_jax.report.markup import visible
 from fac_jax.report.products import Missing, RunView, read_view
 from fac_jax.report.verdict import ARMS, headline, percent, verdict
@@ -46,6 +47,8 @@ def render(view: RunView) -> RenderableType:
         for table in (_training(view), _spliced(view), _coverage(view), _missing(view), _classifier(view))
         if table
     ]
+    if view.ledger:
+        sentences.append(Padding(Text(f"• {said(view)}"), (0, 0, 0, 2)))
     spaced = [part for table in tables for part in (Text(), table)]
     return Group(Text(), Text(headline(view), style="bold"), *sentences, *spaced, Text())
 

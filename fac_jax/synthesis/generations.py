@@ -101,10 +101,12 @@ def write_all(jobs: Sequence[Job], generator: Generator, log: Path) -> list[Gene
                 lines.write(_line(there[key]))
                 lines.flush()
                 tokens += reply.completion_tokens
-                bar.advance(1, f"{tokens:,} new tokens, {tokens / (time.monotonic() - bar.started):,.0f} tokens/s")
+                rate = tokens / (time.monotonic() - bar.started)
+                bar.advance(1, f"{generator.spent}, {rate:,.0f} new tokens/s")
 
             if todo:
-                generator.generate([jobs[place].request for place in todo], keep)
+                about = [f"write:{jobs[place].feature}" for place in todo]
+                generator.generate([jobs[place].request for place in todo], keep, about)
     return [there[key] for key in keys]
 
 

@@ -13,7 +13,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from fac_jax.config import Config, DataSet, LlmConfig, Source
+from fac_jax.config import Config, DataSet, LlmConfig, RunConfig, Source
 from fac_jax.errors import UserError
 from fac_jax.llm.client import OnReply, Reply, Request
 from fac_jax.llm.fake import BROKEN, GOOD, FakeGenerator, FakeServer
@@ -180,9 +180,9 @@ class Breaking:
     """Answers `count` requests, then fails like a server that went away."""
 
     def __init__(self, count: int) -> None:
-        self.name, self.left, self.asked = "fake:writer", count, 0
+        self.name, self.spent, self.left, self.asked = "fake:writer", "", count, 0
 
-    def generate(self, requests: list[Request], on_reply: OnReply) -> list[Reply]:
+    def generate(self, requests: list[Request], on_reply: OnReply, about: list[str]) -> list[Reply]:
         for index, request in enumerate(requests):
             if not self.left:
                 raise UserError("http://127.0.0.1:1/v1 gave no usable reply")
@@ -197,7 +197,8 @@ def test_a_server_that_dies_is_named_and_the_next_run_asks_only_for_the_rest(toy
         return able(Request(tuple(body["messages"]), 30, seed=body["seed"]))
 
     def config(server: FakeServer) -> Config:
-        return dataclasses.replace(toy.config, llm=LlmConfig(url=server.url, retries=0, concurrency=2))
+        llm = LlmConfig(url=server.url, retries=0, concurrency=2)
+        return dataclasses.replace(toy.config, llm=llm, run=RunConfig(dir=str(toy.out.parent)))
 
     with FakeServer([GOOD] * 5, write, then=BROKEN) as server:
         with pytest.raises(UserError, match=f"{server.url}/chat/completions.*HTTP 500.*the engine died.*of 14 replies"):

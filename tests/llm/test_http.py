@@ -9,8 +9,10 @@ import pytest
 
 from fac_jax.config import LlmConfig
 from fac_jax.errors import UserError
-from fac_jax.llm.client import HttpGenerator, Reply, Request, read_reply
+from fac_jax.llm.client import Reply, Request
+from fac_jax.llm.exchange import read_reply
 from fac_jax.llm.fake import BROKEN, GARBAGE, GOOD, TRUNCATED, WRONG_SHAPE, Answer, FakeServer, rate_limited
+from fac_jax.llm.http import HttpGenerator
 
 KEY = "sk-secret-0123456789"
 
