@@ -77,6 +77,11 @@ def rate_limited(retry_after: str) -> Answer:
     return Answer(429, '{"error": {"message": "slow down"}}', {"Retry-After": retry_after})
 
 
+class _Quiet(ThreadingHTTPServer):
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """A client that was killed broke the connection: that is what a test is for, and no traceback."""
+
+
 class FakeServer:
     """A loopback server: `with FakeServer([rate_limited("1"), GOOD]) as server: ... server.url`.
 
@@ -105,9 +110,8 @@ class FakeServer:
         self._script, self._then = list(script), then
         self._open = 0
         self._lock = threading.Lock()
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), _handler(self))
+        self._server = _Quiet(("127.0.0.1", 0), _handler(self))
         self._server.daemon_threads = True
-        self._server.handle_error = _silent  # type: ignore[method-assign]
         self._thread = threading.Thread(target=self._server.serve_forever, args=(0.02,), daemon=True)
 
     @property
@@ -159,10 +163,6 @@ class FakeServer:
             "choices": [choice],
             "usage": usage,
         }
-
-
-def _silent(request: Any, client: Any) -> None:
-    """A client that was killed broke the connection: that is what it is for, and no traceback."""
 
 
 def _handler(server: FakeServer) -> type[BaseHTTPRequestHandler]:
