@@ -96,6 +96,11 @@ class HttpGenerator:
             words.append(f"{self._hits:,} from the cache")
         return ", ".join(words)
 
+    @property
+    def most_in_flight(self) -> int:
+        """The largest number of requests that were open at one time."""
+        return self._pace.most_in_flight
+
     def meet(self) -> dict[str, Any]:
         """Who answers, as the server reports it: its URL, the model asked for, its entry in `/models`, and the name
         that its answers carry. Asks once, and notes whether it follows a schema. Raises UserError when it cannot."""

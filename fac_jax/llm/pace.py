@@ -56,7 +56,7 @@ class Pace:
         self.limit = float(min(FIRST, most))
         self.rate: float | None = None
         """Requests a second; None until the server has refused one."""
-        self.in_flight = 0
+        self.in_flight = self.most_in_flight = 0
         self._most, self._slow_s, self._clock = most, slow_s, clock
         self._ceiling = math.inf
         self._refused_at = self._shrunk_at = clock()
@@ -180,6 +180,7 @@ class Pace:
             if turn.done():  # it was cancelled while it waited
                 continue
             self.in_flight += 1
+            self.most_in_flight = max(self.most_in_flight, self.in_flight)
             if self.rate is not None:
                 self._paced = self._next >= now - CREDIT_S
                 self._next = max(now - CREDIT_S, self._next) + 1 / self.rate

@@ -56,13 +56,13 @@ def test_a_limit_on_open_requests_is_found() -> None:
         counted, seconds, generator = ask(url, 1500)
     assert counted["accepted"] == 1500 and counted["overloaded"] < 0.05 * 1500
     assert 1500 * 0.03 / seconds > 0.4 * 12, "most of its places were taken"
-    assert generator._pace.limit < 16
+    assert 8 <= generator.most_in_flight < 16
 
 
 def test_it_grows_while_the_server_keeps_up() -> None:
     with limiting("--latency", "0.1") as url:
         _, seconds, generator = ask(url, 1200)
-    assert generator._pace.limit > 32 and seconds < 1200 * 0.1 / 8
+    assert generator.most_in_flight > 32 and seconds < 1200 * 0.1 / 8
 
 
 def test_slow_answers_do_not_make_more_of_them() -> None:

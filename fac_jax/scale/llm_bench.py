@@ -1,0 +1,90 @@
+"""What the client itself takes, and how much of a limited server's allowance it uses: `python -m fac_jax.scale.llm_bench`.
+
+The server (`llm_server.py`) is a process of its own and answers at once, so that what is measured is the client: requests
+of 4,500 characters, each with its cache row and its line in the ledger. Prints two tables in Markdown; takes two minutes.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from fac_jax.config import LlmConfig
+from fac_jax.llm.cache import Cache
+from fac_jax.llm.client import Request
+from fac_jax.llm.http import HttpGenerator
+from fac_jax.llm.ledger import Ledger
+
+COUNT = 3000
+LIMITS = {
+    "100/s, bucket of 100": ("--rate 100 --burst 100 --latency 0.05", 3000),
+    "200/s, bucket of 400": ("--rate 200 --burst 400 --latency 0.1", 4000),
+    "5/s, bucket of 5": ("--rate 5 --burst 5 --latency 1", 200),
+    "100/s, bucket of 5, Retry-After 1 s": ("--rate 100 --burst 5 --latency 0.2", 3000),
+    "200 in each second, Retry-After 1 s": ("--rate 200 --window 1 --latency 0.02", 4000),
+    "16 at a time": ("--at-once 16 --latency 0.05", 3000),
+    "none": ("--latency 0.2", 3000),
+}
+
+
+@contextmanager
+def server(flags: str) -> Iterator[str]:
+    """A server with these limits; its base URL."""
+    command = [sys.executable, "-m", "fac_jax.scale.llm_server", *flags.split()]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        try:
+            yield process.stdout.readline().strip()
+        finally:
+            process.terminate()
+
+
+def requests(count: int) -> list[Request]:
+    """Different ones, as long as those that judge a feature."""
+    texts = [f"{'y' * 3000}{place}" for place in range(count)]
+    return [Request(({"role": "system", "content": "x" * 1500}, {"role": "user", "content": t}), 300) for t in texts]
+
+
+def overhead(url: str, concurrency: int) -> list[float]:
+    """Milliseconds a request: bare; with cache and ledger; and again, when all come from the cache."""
+    found, asked = [], requests(COUNT)
+    with tempfile.TemporaryDirectory() as folder:
+        config = LlmConfig(url=url, model="swift", concurrency=concurrency)
+        bare = HttpGenerator(config)
+        kept = HttpGenerator(config, Ledger(Path(folder), config, "bench"), Cache(Path(folder) / "replies.sqlite"))
+        kept.meet()
+        for generator in (bare, kept, kept):
+            began = time.perf_counter()
+            generator.generate(asked)
+            found.append((time.perf_counter() - began) / COUNT * 1e3)
+    return found
+
+
+def main() -> None:
+    """Both tables."""
+    print("| in flight | bare | with cache and ledger | from the cache |\n|---|---|---|---|")
+    with server("") as url:
+        for concurrency in (1, 16, 64):
+            print(f"| {concurrency} | " + " | ".join(f"{ms:.2f} ms" for ms in overhead(url, concurrency)) + " |")
+    print("\n| limit of the server | answers/s | refused | overloaded | most in flight |\n|---|---|---|---|---|")
+    for name, (flags, count) in LIMITS.items():
+        with server(flags) as url:
+            generator = HttpGenerator(LlmConfig(url=url, model="swift"))
+            began = time.perf_counter()
+            generator.generate(requests(count))
+            seconds = time.perf_counter() - began
+            with urllib.request.urlopen(url + "/counts") as answer:
+                counted = json.load(answer)
+        shares = [f"{counted[key] / sum(counted.values()):.1%}" for key in ("refused", "overloaded")]
+        print(f"| {name} | {count / seconds:,.1f} | {shares[0]} | {shares[1]} | {generator.most_in_flight} |")
+
+
+if __name__ == "__main__":
+    main()
