@@ -1,7 +1,10 @@
-"""What the client itself takes, and how much of a limited server's allowance it uses: `python -m fac_jax.scale.llm_bench`.
+"""What the client itself takes, and how much of a limited server's allowance it uses.
 
-The server (`llm_server.py`) is a process of its own and answers at once, so that what is measured is the client: requests
-of 4,500 characters, each with its cache row and its line in the ledger. Prints two tables in Markdown; takes two minutes.
+    python -m fac_jax.scale.llm_bench
+
+The server (`llm_server.py`) is a process of its own and answers at once, so that what is measured is the client:
+requests of 4,500 characters, each with its cache row and its line in the ledger. Prints two tables in Markdown; takes
+three minutes.
 """
 
 from __future__ import annotations
