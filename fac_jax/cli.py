@@ -168,6 +168,9 @@ def _run(config: Config, verb: str, options: dict[str, str]) -> None:
     from fac_jax.report.terminal import summary
 
     stages = pipeline(config)
+    if "dry-run" in options:
+        _dry_run(config, list(stages))
+        return
     with Run(config) as run:
         wanted = [name for name, stage in stages.items() if not stage.on_request]
         run_stages(run, stages, [name for name in wanted if name != "report"])
@@ -204,6 +207,9 @@ def _stage(config: Config, verb: str, options: dict[str, str]) -> None:
                 "it to store to keep them"
             )
         raise UserError(f"fac {verb} has nothing to make: train.store or scan.sae names a product from elsewhere")
+    if "dry-run" in options:
+        _dry_run(config, wanted)
+        return
     with Run(config) as run:
         if verb == "report":
             stages["report"] = _report_on_done(run, stages)
@@ -212,6 +218,13 @@ def _stage(config: Config, verb: str, options: dict[str, str]) -> None:
             print(f"{stage.name}: {run.folder(stage)}  ({record.seconds:.1f} s, {record.finished})")
             for key, value in record.summary.items():
                 print(f"  {key}: {value:,}" if isinstance(value, (int, float)) else f"  {key}: {value}")
+
+
+def _dry_run(config: Config, wanted: list[str]) -> None:
+    """What the stages would ask of the server, and what it would cost."""
+    from fac_jax.dry_run import estimates, table
+
+    Console(width=None if sys.stdout.isatty() else 120).print(table(config, estimates(config, wanted)))
 
 
 def _report_on_done(run: Run, stages: dict[str, Stage]) -> Stage:
@@ -404,10 +417,11 @@ OPTIONS["plan"].update(
     }
 )
 for _asking in ("run", "explain", "judge", "synthesize"):
+    OPTIONS[_asking]["dry-run"] = "say what the server would be asked and what it would cost; ask and write nothing"
     OPTIONS[_asking]["max-cost"] = "MONEY: short for --llm.max-cost, what the run directory may spend on answers"
     OPTIONS[_asking]["max-tokens"] = "N: short for --llm.max-tokens, read and written"
 SHORT = {"--max-cost": "--llm.max-cost", "--max-tokens": "--llm.max-tokens"}
-FLAGS = ("search",)
+FLAGS = ("search", "dry-run")
 """Options that take no value."""
 
 
