@@ -346,7 +346,7 @@ def _sidecar(config: Config, verb: str, options: dict[str, str]) -> None:
             server, seconds = sidecar.start(config, line.say, line.update)
         print(f"{server.model} ({server.kind}, process {server.process.pid}) answers at {server.url}; ", end="")
         print("it was running already" if seconds == 0 else f"it took {seconds:.0f} s")
-        print(f"  log: {sidecar.log_file(config)}\n  use it with: --llm.url {server.url}")
+        print(f"  log: {sidecar.log_file(config)}\n  use it with: {server.flags}")
     elif options["action"] == "status":
         print(sidecar.describe(config))
     else:

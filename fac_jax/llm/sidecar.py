@@ -28,7 +28,16 @@ from fac_jax.errors import UserError
 from fac_jax.llm.process_group import Ended, Leader, alive, end, leader, members, memory_bytes, require_linux
 from fac_jax.llm.sidecar_environment import Say, environment, holding
 from fac_jax.llm.sidecar_log import cause, last_line
-from fac_jax.llm.sidecar_server import HOST, check_memory, chosen_kind, command, model_source, served_model, variables
+from fac_jax.llm.sidecar_server import (
+    HOST,
+    check_memory,
+    chosen_kind,
+    command,
+    model_source,
+    served_model,
+    variables,
+    working_folder,
+)
 from fac_jax.plain import from_plain, to_plain
 from fac_jax.runs import write_text
 
@@ -51,11 +60,16 @@ class Server:
     kind: str
     """vllm, vllm-cpu or transformers."""
     model: str
-    """What the model is called; vLLM's servers know it by this name."""
+    """Name of the model, as the server knows it."""
     port: int
     """Port on 127.0.0.1."""
     settings: dict[str, str]
     """What it was started with; a start with other settings is refused."""
+
+    @property
+    def flags(self) -> str:
+        """What makes a command use it; a server that does not list its model needs to be told its name."""
+        return f"--llm.url {self.url}" + (f" --llm.model {self.model}" if self.kind == "transformers" else "")
 
     @property
     def url(self) -> str:
@@ -220,6 +234,8 @@ def _launch(config: Config, folder: Path, settings: dict[str, str], say: Say) ->
     check_memory(kind, model, config.sidecar)  # before gigabytes are installed, and once more when they are
     _free_port(config.sidecar.port)
     python = config.sidecar.python or str(environment(kind, say))
+    if "/" in python:
+        python = os.path.abspath(python)  # the server may start in another folder
     with holding(folder / ".lock", "another command starts the sidecar of this run", say):
         there = _running(folder, settings, say)
         if there is not None:
@@ -227,13 +243,13 @@ def _launch(config: Config, folder: Path, settings: dict[str, str], say: Say) ->
         check_memory(kind, model, config.sidecar)
         port = _free_port(config.sidecar.port)
         words = command(kind, python, model, port, config.sidecar)
-        process = _spawn(words, variables(kind, model, config), folder)
+        process = _spawn(words, variables(kind, model, config), working_folder(kind, model), folder)
         server = Server(process, platform.node(), kind, model.name, port, settings)
         write_text(folder / STATE, json.dumps(to_plain(server), indent=2) + "\n")
     return server, True
 
 
-def _spawn(words: Sequence[str], environ: dict[str, str], folder: Path) -> Leader:
+def _spawn(words: Sequence[str], environ: dict[str, str], where: Path | None, folder: Path) -> Leader:
     """Start a program in a session of its own, its output in the log."""
     log = folder / LOG
     if log.exists():
@@ -241,7 +257,7 @@ def _spawn(words: Sequence[str], environ: dict[str, str], folder: Path) -> Leade
     with open(log, "wb") as file:
         try:
             process = subprocess.Popen(
-                words, stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT, env=environ,
+                words, stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT, env=environ, cwd=where,
                 start_new_session=True,
             )  # fmt: skip
         except OSError as error:
@@ -285,13 +301,13 @@ def _how(server: Server) -> str:
 
 
 def _answers(server: Server, timeout_s: float) -> bool:
-    """Whether it is healthy and, where the kind names its model, serves that one."""
+    """Whether it is healthy and serves its model."""
     try:
         _get(f"http://{HOST}:{server.port}/health", timeout_s)
-        names = _model_names(server.url, timeout_s)
+        # `transformers serve` lists what is in the hub's cache, not what it serves, and fails where there is no cache.
+        return server.kind == "transformers" or server.model in _model_names(server.url, timeout_s)
     except (OSError, ValueError):
         return False
-    return server.kind == "transformers" or server.model in names
 
 
 def _model_names(url: str, timeout_s: float) -> list[str]:

@@ -6,6 +6,7 @@ read nothing else. Memory is looked at before anything is started, and too littl
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -20,10 +21,11 @@ from fac_jax.config import Config, SidecarConfig
 from fac_jax.errors import UserError
 from fac_jax.llm.cache import cache_folder
 from fac_jax.llm.sidecar_environment import Say, holding
-from fac_jax.runs import fingerprint
+from fac_jax.runs import fingerprint, write_text
 from fac_jax.text import resolve
 
 HOST = "127.0.0.1"
+GENERATION = "generation_config.json"
 BASE_GIB = 2.5
 """A vLLM server on a CPU without weights, keys and values: 2.2 GiB in four processes (measured with SmolLM2-135M in
 float32 and a KV cache of 1 GiB), and what a batch takes."""
@@ -89,7 +91,8 @@ def command(kind: str, python: str, model: Served, port: int, config: SidecarCon
     """The command line of the server."""
     dtype = _dtype(kind, config)
     if kind == "transformers":
-        program = [python, "-m", "transformers.cli.transformers", "serve", model.path]
+        # It calls the model as it was given on its command line: by its folder's name, in `working_folder`.
+        program = [python, "-m", "transformers.cli.transformers", "serve", model.name]
         return [*program, "--host", HOST, "--port", str(port), "--dtype", dtype]
     # A request says how it is sampled. By default vLLM would add what the model's generation_config.json says, such as
     # a top-k or a repetition penalty; which tokens end a text it still takes from there.
@@ -103,6 +106,11 @@ def command(kind: str, python: str, model: Served, port: int, config: SidecarCon
         return [*program, *common, "--enforce-eager"]
     share = ["--gpu-memory-utilization", str(config.gpu_memory_fraction), "--tensor-parallel-size", str(config.gpus)]
     return [python, "-m", "vllm.entrypoints.cli.main", "serve", model.path, *common, *share]
+
+
+def working_folder(kind: str, model: Served) -> Path | None:
+    """Where the server is to be started, if that matters."""
+    return Path(model.path).parent if kind == "transformers" and model.local else None
 
 
 def variables(kind: str, model: Served, config: Config) -> dict[str, str]:
@@ -188,13 +196,16 @@ def _exported(source: str, say: Say) -> Path:
     from fac_jax.llm.local import model_name
 
     file = resolve(source)[0]
-    models = cache_folder() / "models"
-    folder = models / f"{model_name(source)}-{fingerprint(file)}-bfloat16-{__version__}"
-    if not (folder / "config.json").exists():
-        with holding(models / f".{folder.name}.lock", f"another command writes {folder.name}", say):
-            if not (folder / "config.json").exists():  # the folder appears only when it is whole
-                say(f"writing {file.name} as a Hugging Face model, once: {folder}")
-                export_hf(source, folder, "bfloat16")
+    # A folder of its own around it, so that its name is the model's: `transformers serve` knows it by nothing else.
+    folder = cache_folder() / "models" / f"{fingerprint(file)}-bfloat16-{__version__}" / model_name(source)
+    with holding(folder.parent / ".lock", f"another command writes {folder}", say):
+        if not (folder / "config.json").exists():  # the folder appears only when it is whole
+            say(f"writing {file.name} as a Hugging Face model, once: {folder}")
+            export_hf(source, folder, "bfloat16")
+        # `transformers serve` samples only where the model's own settings say so, whatever temperature a request has.
+        settings = json.loads((folder / GENERATION).read_text(encoding="utf-8"))
+        if not settings.get("do_sample"):
+            write_text(folder / GENERATION, json.dumps(settings | {"do_sample": True}, indent=2) + "\n")
     return folder
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +23,7 @@ from fac_jax.llm.sidecar_server import (
     model_source,
     served_model,
     variables,
+    working_folder,
 )  # fmt: skip
 from tests.backbone.tiny_backbone import write_gguf
 
@@ -56,7 +58,8 @@ def test_a_gguf_file_is_written_as_a_folder_once_for_its_content(
     write_gguf(file)
     said: list[str] = []
     model = served_model(str(file), said.append)
-    assert (model.name, model.local, len(said)) == ("Small-1B", True, 1)
+    assert (model.name, Path(model.path).name, model.local, len(said)) == ("Small-1B", "Small-1B", True, 1)
+    assert json.loads((Path(model.path) / "generation_config.json").read_text())["do_sample"] is True
     weights = Path(model.path) / "model.safetensors"
     tensors = load_file(weights)
     assert {str(tensor.dtype) for tensor in tensors.values()} == {"bfloat16"}
@@ -106,6 +109,10 @@ def test_the_command_lines_of_the_other_kinds() -> None:
             "/e/python -m transformers.cli.transformers serve owner/name --host 127.0.0.1 --port 1 --dtype float32"
         ).split()
     )
+    here = Served("/models/tiny", "tiny", local=True)  # found by its name in the folder where the server starts
+    assert command("transformers", "python", here, 1, SidecarConfig(dtype="float32"))[4] == "tiny"
+    assert working_folder("transformers", here) == Path("/models")
+    assert working_folder("transformers", model) is None and working_folder("vllm-cpu", here) is None
 
 
 def test_auto_takes_bfloat16_only_where_the_processor_has_it() -> None:
