@@ -108,8 +108,7 @@ def _dispatch(arguments: list[str]) -> int:
     if verb.needs_config and (not rest or rest[0].startswith("-")):
         print(f"usage: fac {name} CONFIG [--section.field value ...]; the YAML file comes first", file=sys.stderr)
         return 2
-    rest = [SHORT.get(word, f"{SHORT.get(flag, flag)}={value}" if equals else word)
-            for word in rest for flag, equals, value in [word.partition("=")]]  # fmt: skip
+    rest = list(map(_in_full, rest))
     options = _take_options(rest, OPTIONS.get(name, {}))
     path = rest.pop(0) if rest and not rest[0].startswith("-") else None
     config = _parse(name, verb, path, rest, options.pop("on-bad-row", None))
@@ -128,6 +127,12 @@ def _print_usage() -> None:
     for name, verb in VERBS.items():
         print(f"  {name:<11} {verb.help}")
     print("\nBegin with: fac run configs/quickstart.yaml")
+
+
+def _in_full(word: str) -> str:
+    """A flag that stands for a longer one, spelled out."""
+    flag, equals, value = word.partition("=")
+    return SHORT.get(flag, flag) + equals + value
 
 
 def _take_options(rest: list[str], known: dict[str, str]) -> dict[str, str]:

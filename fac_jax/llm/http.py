@@ -24,7 +24,7 @@ from fac_jax.errors import UserError
 from fac_jax.llm.cache import Cache, keys, open_cache
 from fac_jax.llm.client import OnReply, Reply, Request
 from fac_jax.llm.exchange import Trouble, chat_body, open_exchange, read_models, read_reply
-from fac_jax.llm.ledger import Ledger
+from fac_jax.llm.ledger import Ledger, price
 from fac_jax.llm.pace import Pace
 from fac_jax.llm.structured import read_answer
 
@@ -79,7 +79,9 @@ class HttpGenerator:
         self._listed: list[dict[str, Any]] | None = None
         if config.model is None:
             self._listed = asyncio.run(self._models())
-        self.model = config.model if config.model is not None else str((self._listed or [{}])[0]["id"])
+            self.model = str(self._listed[0]["id"])
+        else:
+            self.model = config.model
         self.name = f"http:{self.model}"
         self.follows_schema: bool | None = None
         """Whether the server's answers follow a schema; None before it was asked."""
@@ -90,7 +92,7 @@ class HttpGenerator:
     def spent(self) -> str:
         """See `Generator.spent`."""
         words = [f"{self._tokens:,} tokens"]
-        if self._ledger is not None and self._config.price_in is not None:
+        if self._ledger is not None and price(self._config, 0, 0) is not None:
             words.append(f"{self._ledger.total.cost:,.4f} spent in this run")
         if self._hits:
             words.append(f"{self._hits:,} from the cache")
@@ -133,11 +135,12 @@ class HttpGenerator:
         async with self._exchange.session() as session:
             if self._cache is not None or any(request.schema is not None for request in requests):
                 await self._meet(session)
-            names = keys(self._identity or {}, bodies)
+            names = keys(self._identity or {}, bodies) if self._cache is not None else []
             there = self._cache.get(names) if self._cache is not None else {}
-            for index in (index for index, name in enumerate(names) if name in there):
-                arrived(index, there[names[index]], cached=True)
-            todo = (index for index, name in enumerate(names) if name not in there)
+            for index, name in enumerate(names):
+                if name in there:
+                    arrived(index, there[name], cached=True)
+            todo = iter([index for index in range(len(requests)) if index not in replies])
 
             async def work() -> None:
                 for index in todo:
@@ -150,7 +153,7 @@ class HttpGenerator:
                         return
                     arrived(index, reply, cached=False)
 
-            await asyncio.gather(*(work() for _ in range(min(self._config.concurrency, len(requests) - len(there)))))
+            await asyncio.gather(*(work() for _ in range(min(self._config.concurrency, len(requests) - len(replies)))))
         if failures:
             raise UserError(f"{failures[0]} ({len(replies)} of {len(requests)} replies had arrived)")
         return [replies[index] for index in range(len(requests))]

@@ -61,7 +61,7 @@ class Ledger:
 
     def __init__(self, folder: Path, config: LlmConfig, task: str) -> None:
         """Read what was spent before. Raises UserError for a limit on money without prices, or a torn ledger."""
-        if config.max_cost is not None and (config.price_in is None or config.price_out is None):
+        if config.max_cost is not None and price(config, 0, 0) is None:
             raise UserError(
                 f"llm.max_cost is {config.max_cost:g}, but what a token costs is not known: set llm.price_in and "
                 "llm.price_out, the money for a million tokens read and written"

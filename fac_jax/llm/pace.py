@@ -127,7 +127,6 @@ class Pace:
             self.rate *= 2 ** (seconds / max(DOUBLE_S, DOUBLE_REQUESTS / self.rate))
             if self.rate > STEP * self._measured_rate:
                 self._measure(now, known=False)
-                self._paused_s = 0.0
 
     def _refused(self, sent: float, now: float) -> None:
         if sent < self._refused_at:  # sent before what the last refusal taught: it says nothing new

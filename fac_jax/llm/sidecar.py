@@ -25,6 +25,7 @@ from typing import Literal
 
 from fac_jax.config import Config
 from fac_jax.errors import UserError
+from fac_jax.llm.exchange import read_models
 from fac_jax.llm.process_group import Ended, Leader, alive, end, leader, members, memory_bytes, require_linux
 from fac_jax.llm.sidecar_environment import Say, environment, holding
 from fac_jax.llm.sidecar_log import cause, last_line
@@ -312,10 +313,7 @@ def _answers(server: Server, timeout_s: float) -> bool:
 
 def _model_names(url: str, timeout_s: float) -> list[str]:
     """Models that a server lists. Raises OSError or ValueError when it does not."""
-    try:
-        return [str(entry["id"]) for entry in json.loads(_get(f"{url}/models", timeout_s))["data"]]
-    except (KeyError, TypeError) as error:
-        raise ValueError(f"no list of models: {error!r}") from None
+    return [entry["id"] for entry in read_models(json.loads(_get(f"{url}/models", timeout_s)))]
 
 
 def _get(url: str, timeout_s: float) -> bytes:

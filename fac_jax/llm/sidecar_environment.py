@@ -23,6 +23,7 @@ from pathlib import Path
 
 from fac_jax.errors import UserError
 from fac_jax.llm.cache import cache_folder
+from fac_jax.llm.sidecar_log import COLOUR
 from fac_jax.plain import suggest
 from fac_jax.runs import write_text
 
@@ -168,7 +169,7 @@ def _run_all(commands: list[list[str]], log: Path, held: int) -> str:
 
 def _reason(said: str) -> str:
     """The line of a failed command's output that says most: its first error, or else its last line."""
-    lines = [re.sub(r"\x1b\[[0-9;]*m", "", line).strip() for line in said.splitlines()]
+    lines = [COLOUR.sub("", line).strip() for line in said.splitlines()]
     lines = [line for line in lines if line and not line.startswith("WARNING:")]
     errors = [line for line in lines if re.match(r"(ERROR|error)\b|[\w.]*Error:", line)]
     return (errors[:1] or lines[-1:] or [""])[0][:300]

@@ -6,11 +6,10 @@ whose product was set aside since. A run that asked no server has no such sectio
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
-from fac_jax.config import LlmConfig
-from fac_jax.llm.ledger import Sum, sum_of, sums_by
+from fac_jax.llm.ledger import Sum, price, sum_of, sums_by
 from fac_jax.report.blocks import Section, numbers, table, texts
 from fac_jax.report.markup import join, tag
 from fac_jax.report.products import RunView
@@ -23,7 +22,7 @@ def costs(view: RunView) -> list[Section]:
     """A table by purpose and one of the features that cost most; nothing when nothing was asked."""
     if not view.ledger:
         return []
-    money = priced(view.config.llm)
+    money = _priced(view)
     by_purpose = sums_by(view.ledger, "purpose")
     total = sum_of(view.ledger)
     rows = [[name or "other", *_cells(found, money)] for (name,), found in sorted(by_purpose.items())]
@@ -45,28 +44,24 @@ def costs(view: RunView) -> list[Section]:
 
 def said(view: RunView) -> str:
     """One sentence with the sum, and what it comes to for each missing feature that the kept samples activate."""
-    total, config = sum_of(view.ledger), view.config.llm
-    show = spelled(config)
-    words = f"{total.answers:,} answers were paid for and {total.cached:,} came from the cache: {show(total)}"
-    covered = sum((missing.kept_peak or 0.0) > view.threshold for missing in view.missing)
-    return (
-        f"{words}, {show(total, covered)} for each of {covered:,} newly covered features." if covered else f"{words}."
+    total = sum_of(view.ledger)
+    words = (
+        f"{total.answers:,} answers were paid for and {total.cached:,} came from the cache: {_spelled(view, total, 1)}"
     )
+    covered = sum((missing.kept_peak or 0.0) > view.threshold for missing in view.missing)
+    if covered:
+        words += f", {_spelled(view, total, covered)} for each of {covered:,} newly covered features"
+    return f"{words}."
 
 
-def priced(config: LlmConfig) -> bool:
-    """Whether it is known what a token costs."""
-    return config.price_in is not None and config.price_out is not None
+def _priced(view: RunView) -> bool:
+    return price(view.config.llm, 0, 0) is not None
 
 
-def spelled(config: LlmConfig) -> Callable[..., str]:
-    """A sum, or a share of it, in words: `12,300 tokens at a cost of 0.0412`."""
-
-    def show(found: Sum, shares: int = 1) -> str:
-        cost = f" at a cost of {found.cost / shares:,.4f}" if priced(config) else ""
-        return f"{found.tokens / shares:,.0f} tokens{cost}"
-
-    return show
+def _spelled(view: RunView, found: Sum, shares: int) -> str:
+    """A sum divided by `shares`: `12,300 tokens at a cost of 0.0412`."""
+    cost = f" at a cost of {found.cost / shares:,.4f}" if _priced(view) else ""
+    return f"{found.tokens / shares:,.0f} tokens{cost}"
 
 
 def _cells(found: Sum, money: bool) -> Sequence[Any]:

@@ -9,14 +9,8 @@ three minutes.
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
 import tempfile
 import time
-import urllib.request
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 from fac_jax.config import LlmConfig
@@ -24,6 +18,7 @@ from fac_jax.llm.cache import Cache
 from fac_jax.llm.client import Request
 from fac_jax.llm.http import HttpGenerator
 from fac_jax.llm.ledger import Ledger
+from fac_jax.scale.llm_server import counts, limiting
 
 COUNT = 3000
 LIMITS = {
@@ -35,18 +30,6 @@ LIMITS = {
     "16 at a time": ("--at-once 16 --latency 0.05", 3000),
     "none": ("--latency 0.2", 3000),
 }
-
-
-@contextmanager
-def server(flags: str) -> Iterator[str]:
-    """A server with these limits; its base URL."""
-    command = [sys.executable, "-m", "fac_jax.scale.llm_server", *flags.split()]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
-        assert process.stdout is not None
-        try:
-            yield process.stdout.readline().strip()
-        finally:
-            process.terminate()
 
 
 def requests(count: int) -> list[Request]:
@@ -73,18 +56,17 @@ def overhead(url: str, concurrency: int) -> list[float]:
 def main() -> None:
     """Both tables."""
     print("| in flight | bare | with cache and ledger | from the cache |\n|---|---|---|---|")
-    with server("") as url:
+    with limiting() as url:
         for concurrency in (1, 16, 64):
             print(f"| {concurrency} | " + " | ".join(f"{ms:.2f} ms" for ms in overhead(url, concurrency)) + " |")
     print("\n| limit of the server | answers/s | refused | overloaded | most in flight |\n|---|---|---|---|---|")
     for name, (flags, count) in LIMITS.items():
-        with server(flags) as url:
+        with limiting(*flags.split()) as url:
             generator = HttpGenerator(LlmConfig(url=url, model="swift"))
             began = time.perf_counter()
             generator.generate(requests(count))
             seconds = time.perf_counter() - began
-            with urllib.request.urlopen(url + "/counts") as answer:
-                counted = json.load(answer)
+            counted = counts(url)
         shares = [f"{counted[key] / sum(counted.values()):.1%}" for key in ("refused", "overloaded")]
         print(f"| {name} | {count / seconds:,.1f} | {shares[0]} | {shares[1]} | {generator.most_in_flight} |")
 

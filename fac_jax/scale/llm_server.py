@@ -14,7 +14,12 @@ import argparse
 import asyncio
 import json
 import math
+import subprocess
+import sys
 import time
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 ANSWER = {
     "object": "chat.completion",
@@ -93,6 +98,24 @@ async def serve(limits: Limits, latency_s: float) -> None:
     server = await asyncio.start_server(connection, "127.0.0.1", 0)
     print(f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}/v1", flush=True)
     await server.serve_forever()
+
+
+@contextmanager
+def limiting(*flags: str) -> Iterator[str]:
+    """A server with these flags in a process of its own; its base URL."""
+    command = [sys.executable, "-m", "fac_jax.scale.llm_server", *flags]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        try:
+            yield process.stdout.readline().strip()
+        finally:
+            process.terminate()
+
+
+def counts(url: str) -> dict[str, int]:
+    """Requests that it accepted, refused (429), and was too busy for (503)."""
+    with urllib.request.urlopen(url + "/counts") as answer:
+        return json.load(answer)
 
 
 def main() -> None:

@@ -102,7 +102,7 @@ def test_killed_twenty_times_it_ends_with_the_same_bytes_and_asks_nothing_twice(
         finish(start(server, tmp_path / "undisturbed", tmp_path / "cache-1"))
         assert len(server.bodies) > 1.1 * COUNT, "there was trouble"
     with Chaos() as server:
-        folder = tmp_path / "killed"
+        folder, moments = tmp_path / "killed", []
         for wanted in sorted(chance.sample(range(5, COUNT - 20), KILLS)):
             process = start(server, folder, tmp_path / "cache-2")
             deadline = time.monotonic() + 60
@@ -114,9 +114,9 @@ def test_killed_twenty_times_it_ends_with_the_same_bytes_and_asks_nothing_twice(
             process.communicate()
             time.sleep(0.05)  # the server writes to the dead and notes what it had answered
             kept, seen = {int(line["key"].split(":")[1]) for line in lines(folder)}, len(server.bodies)
-            server.kept = [*getattr(server, "kept", []), (seen, kept)]  # type: ignore[attr-defined]
+            moments.append((seen, kept))
         finish(start(server, folder, tmp_path / "cache-2"))
-        for seen, kept in server.kept:  # type: ignore[attr-defined]
+        for seen, kept in moments:
             later = {feature_of(body) for body in server.bodies[seen:] if len(body["messages"]) == 2}
             assert not later & kept, "an answer that had arrived was asked for again"
         twice = len(server.well) - len(set(server.well))

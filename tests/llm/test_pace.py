@@ -2,13 +2,7 @@
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
 import time
-import urllib.request
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 import pytest
 
@@ -16,17 +10,7 @@ from fac_jax.config import LlmConfig
 from fac_jax.llm.client import Request
 from fac_jax.llm.fake import Answer, FakeServer
 from fac_jax.llm.http import HttpGenerator
-
-
-@contextmanager
-def limiting(*flags: str) -> Iterator[str]:
-    command = [sys.executable, "-m", "fac_jax.scale.llm_server", *flags]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
-        assert process.stdout is not None
-        try:
-            yield process.stdout.readline().strip()
-        finally:
-            process.terminate()
+from fac_jax.scale.llm_server import counts, limiting
 
 
 def ask(url: str, count: int) -> tuple[dict[str, int], float, HttpGenerator]:
@@ -35,8 +19,7 @@ def ask(url: str, count: int) -> tuple[dict[str, int], float, HttpGenerator]:
     began = time.monotonic()
     generator.generate([Request(({"role": "user", "content": str(i)},), 20, seed=i) for i in range(count)])
     seconds = time.monotonic() - began
-    with urllib.request.urlopen(url + "/counts") as answer:
-        return json.load(answer), seconds, generator
+    return counts(url), seconds, generator
 
 
 @pytest.mark.parametrize(("rate", "burst"), [(100, 100), (100, 300)])
