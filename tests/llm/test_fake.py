@@ -1,6 +1,8 @@
 """The doubles do what tests lean on: replies out of order, a script worked through, what was asked kept."""
 
-import httpx
+import json
+from http.client import HTTPConnection
+from urllib.parse import urlsplit
 
 from fac_jax.llm.client import Reply, Request
 from fac_jax.llm.fake import GOOD, WRONG_SHAPE, Answer, FakeGenerator, FakeServer
@@ -17,14 +19,24 @@ def test_the_generator_keeps_the_order_of_requests_and_hands_over_in_another():
 
 def test_the_server_works_through_its_script_then_does_one_thing_for_ever():
     script = [WRONG_SHAPE, Answer(503, "busy", {"X-Mood": "low"})]
+    body = {"model": "m", "messages": [{"role": "user", "content": "hi"}]}
+
+    def ask(method: str, path: str) -> tuple[int, str | None, dict]:
+        connection.request(
+            method, f"/v1{path}", json.dumps(body) if method == "POST" else None, {"Authorization": "Bearer k"}
+        )
+        answer = connection.getresponse()
+        text = answer.read().decode()
+        return answer.status, answer.headers["X-Mood"], json.loads(text) if text.startswith("{") else {}
+
     with FakeServer(script, write=lambda body: body["model"], then=GOOD) as server:
-        body = {"model": "m", "messages": [{"role": "user", "content": "hi"}]}
-        with httpx.Client(trust_env=False, headers={"Authorization": "Bearer k"}) as client:
-            answers = [client.post(f"{server.url}/chat/completions", json=body) for _ in range(4)]
-            assert client.get(f"{server.url}/models").json()["data"] == [{"id": "fake-model"}]
-            assert client.post(f"{server.url}/elsewhere", json=body).status_code == 404
-    assert [answer.status_code for answer in answers] == [200, 503, 200, 200]
-    assert "message" not in answers[0].json()["choices"][0]
-    assert answers[1].headers["X-Mood"] == "low"
-    assert answers[3].json()["choices"][0]["message"]["content"] == "m"
+        connection = HTTPConnection(urlsplit(server.url).netloc, timeout=10)
+        answers = [ask("POST", "/chat/completions") for _ in range(4)]
+        assert ask("GET", "/models")[2]["data"] == [{"id": "fake-model"}]
+        assert ask("POST", "/elsewhere")[0] == 404
+        connection.close()
+    assert [status for status, _, _ in answers] == [200, 503, 200, 200]
+    assert "message" not in answers[0][2]["choices"][0]
+    assert answers[1][1] == "low"
+    assert answers[3][2]["choices"][0]["message"]["content"] == "m"
     assert server.bodies == [body] * 4 and server.keys == ["Bearer k"] * 4
