@@ -21,10 +21,12 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
+from fac_jax.backbone.weights import load_tokenizer
 from fac_jax.config import Config
 from fac_jax.errors import UserError
-from fac_jax.features.explain import explain_with
-from fac_jax.features.judge import judge_with
+from fac_jax.features.explain import active_features, explain_with, later_requests
+from fac_jax.features.passes import judge_with
+from fac_jax.features.spans import read_passages
 from fac_jax.features.task import load_task
 from fac_jax.llm.cache import Cache, keys, open_cache
 from fac_jax.llm.client import OnReply, Reply, Request
@@ -132,17 +134,16 @@ def estimate(config: Config, name: str, out: Path, inputs: Mapping[str, Path], c
 
 
 def _explain(config: Config, collector: _Collector, inputs: Mapping[str, Path], folder: Path) -> None:
-    scan = load_scan(inputs[f"scan:{config.coverage.anchor}"])
-    collector.later = None  # a check of each explanation
-    explain_with(collector, load_task(config.judge.task), scan, config.explain.spans, folder / "replies.jsonl")
+    passages = read_passages(load_scan(inputs[f"scan:{config.coverage.anchor}"]))
+    task, tokenizer = load_task(config.judge.task), load_tokenizer(config.backbone.model)
+    collector.later = later_requests(config, len(active_features(passages.scan)))
+    explain_with(collector, task, passages, tokenizer, config, folder / "replies.jsonl")
 
 
 def _judge(config: Config, collector: _Collector, inputs: Mapping[str, Path], folder: Path) -> None:
     scan = load_scan(inputs[f"scan:{config.coverage.anchor}"])
     explanations = pq.read_table(inputs["explanations"] / "explanations.parquet").to_pylist()
-    lowest, spans = config.judge.relevant_label, config.explain.spans
-    task = load_task(config.judge.task)
-    judge_with(collector, task, scan, explanations, lowest, spans, folder / "replies.jsonl")
+    judge_with(collector, load_task(config.judge.task), scan, explanations, config, folder / "replies.jsonl")
 
 
 def _synthesize(config: Config, collector: _Collector, inputs: Mapping[str, Path], folder: Path) -> None:

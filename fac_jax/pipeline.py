@@ -21,8 +21,9 @@ from fac_jax.config import Config, DataSet, SweepConfig
 from fac_jax.coverage.measure import coverage, evaluate
 from fac_jax.coverage.select import select
 from fac_jax.downstream.finetune import finetune
-from fac_jax.features.explain import explain
+from fac_jax.features.explain import explain, generation_features
 from fac_jax.features.judge import judge
+from fac_jax.features.shared_prompts import shared_digest
 from fac_jax.features.task import load_task
 from fac_jax.plain import digest
 from fac_jax.report.page import report
@@ -153,8 +154,10 @@ def _writer(config: Config) -> dict[str, Any]:
 
 
 def _explain_settings(config: Config) -> dict[str, Any]:
-    sae = external_sae(config.scan.sae)
-    return {"explain": config.explain, **_backbone(config), "sae": sae, "writer": _writer(config)}
+    settings = {"explain": config.explain, **_backbone(config), "sae": external_sae(config.scan.sae)}
+    if generation_features(config):  # how many of the written texts reach it is counted
+        settings["threshold"] = config.coverage.threshold
+    return {**settings, "writer": _writer(config), "prompts": shared_digest()}
 
 
 def _judge_settings(config: Config) -> dict[str, Any]:

@@ -19,26 +19,6 @@ from fac_jax.plain import digest
 from fac_jax.progress import progress
 from fac_jax.runs import whole_lines, write_text
 
-MAX_TOKENS = 300  # of a reply: one short JSON object
-
-
-def question(system: str, data: Mapping[str, Any], schema: Mapping[str, Any]) -> Request:
-    """A request at temperature 0. `data` goes as JSON into the user's turn: text in it cannot pose as instructions."""
-    turns = ({"role": "system", "content": system}, {"role": "user", "content": json.dumps(data, ensure_ascii=False)})
-    return Request(messages=turns, max_tokens=MAX_TOKENS, temperature=0.0, schema=dict(schema))
-
-
-def object_schema(**properties: Mapping[str, Any]) -> dict[str, Any]:
-    """JSON schema of an object with exactly these properties."""
-    return {
-        "type": "object", "properties": dict(properties), "required": list(properties), "additionalProperties": False
-    }  # fmt: skip
-
-
-def label_schema(labels: Sequence[str]) -> dict[str, Any]:
-    """One of `labels`, with a reason."""
-    return object_schema(label={"type": "string", "enum": list(labels)}, reason={"type": "string", "maxLength": 500})
-
 
 def ask(generator: Generator, questions: Mapping[str, Request], log: Path, title: str) -> dict[str, Answer]:
     """Answers by the questions' keys. A reply in `log` to the same request by the same model is not asked for again."""

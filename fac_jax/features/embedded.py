@@ -3,8 +3,9 @@
 - *Fires on*: tokens that hold a feature's peaks more often than the corpus holds them, by log-odds with an informative
   Dirichlet prior (Monroe, Colaresi, Quinn 2008, "Fightin' Words", equations 16 and 22).
 - *Promotes*: tokens whose logits the feature's decoder direction raises most, through final norm and unembedding.
-- A held-out score: the first list, made from half of the documents, predicts on the other half where the feature is
-  active, by how many of its tokens a document holds (AUROC; undefined without documents of both kinds).
+- The first list is made from half of the documents. A held-out score by whole documents: how many of its tokens a
+  document of the other half holds predicts whether the feature is active there (AUROC; undefined without documents of
+  both kinds). Scores by spans, as explanations of a language model have them, are in `scoring.py`.
 
 Reads nothing and writes nothing; `explain.py` does.
 """
@@ -13,7 +14,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import partial
 
 import jax
@@ -23,6 +23,7 @@ from scipy.sparse import coo_array, csr_array
 from transformers import PreTrainedTokenizerFast
 
 from fac_jax.backbone.weights import Loaded
+from fac_jax.features.spans import Passages
 from fac_jax.features.statistics import auroc_of_counts
 from fac_jax.mesh import DATA
 from fac_jax.progress import progress
@@ -30,7 +31,6 @@ from fac_jax.sae.checkpoint import LoadedSae
 from fac_jax.sae.topk import top_k
 from fac_jax.scan.scan import Scan
 from fac_jax.scan.spans import decode
-from fac_jax.text import document_hash
 
 PRIOR_TOKENS = 10.0
 """Weight of the prior: as many tokens, distributed as in the corpus, are added to either side."""
@@ -42,27 +42,24 @@ LENS_ELEMENTS = 2**25  # of logits [features, vocabulary] at a time: 128 MiB
 SCORE_ELEMENTS = 2**24  # of scores [documents, features] at a time
 
 
-@dataclass(frozen=True)
-class Corpus:
-    """Content tokens of the scanned documents."""
+def token_counts(passages: Passages) -> csr_array:
+    """How often document n holds token v in its content, int32 [documents, vocabulary in use]."""
+    content = passages.content_t
+    tokens = passages.token_t[content]
+    documents = np.repeat(np.arange(len(passages.explaining_n)), np.diff(passages.start_n))[content]
+    shape = (len(passages.explaining_n), int(tokens.max(initial=0)) + 1)
+    return coo_array((np.ones(len(tokens), np.int32), (documents, tokens)), shape=shape).tocsr()
 
-    held_nv: csr_array
-    """How often document n holds token v."""
-    half_n: Bool[np.ndarray, " n"]
-    """Documents that the held-out score is not measured on: half of them, by hash."""
 
+def named_tokens(passages: Passages, held_nv: csr_array, limit: int) -> list[list[int]]:
+    """The tokens that explain each feature: over-represented in the explaining half of the documents.
 
-def read_corpus(scan: Scan) -> Corpus:
-    """Count the content tokens of every document of a scan."""
-    table = scan.documents("token_ids", "content").combine_chunks()
-    lists = table["token_ids"].combine_chunks()
-    content = table["content"].combine_chunks().flatten().to_numpy(zero_copy_only=False)
-    tokens = lists.flatten().to_numpy()[content]
-    documents = np.repeat(np.arange(len(lists)), lists.value_lengths().to_numpy())[content]
-    shape = (len(lists), int(tokens.max(initial=0)) + 1)
-    held = coo_array((np.ones(len(tokens), np.int32), (documents, tokens)), shape=shape).tocsr()
-    half = np.array([document_hash(name, "explain") < 0.5 for name in scan.ids_n.tolist()], bool)
-    return Corpus(held, half)
+    A feature that is active in none of them is explained from the others, and must not be scored there.
+    """
+    halves = passages.explaining_n, ~passages.explaining_n
+    named, others = (fires_on(passages.scan, held_nv, limit, half_n) for half_n in halves)
+    unseen_f = passages.first_f[:-1] == passages.heldout_f
+    return [others[feature] if unseen_f[feature] else tokens for feature, tokens in enumerate(named)]
 
 
 def over_represented(peak_tokens_fv: csr_array, corpus_v: Int64[np.ndarray, " v"], limit: int) -> list[list[int]]:
@@ -95,30 +92,30 @@ def peak_tokens(scan: Scan, among_n: Bool[np.ndarray, " n"], vocabulary: int) ->
     return coo_array((ones, at), shape=(scan.identity.features, vocabulary)).tocsr()
 
 
-def fires_on(scan: Scan, corpus: Corpus, limit: int, among_n: Bool[np.ndarray, " n"]) -> list[list[int]]:
+def fires_on(scan: Scan, held_nv: csr_array, limit: int, among_n: Bool[np.ndarray, " n"]) -> list[list[int]]:
     """`over_represented` tokens of every feature over some of the documents."""
-    corpus_v = corpus.held_nv[np.flatnonzero(among_n)].sum(axis=0).astype(np.int64)
+    corpus_v = held_nv[np.flatnonzero(among_n)].sum(axis=0).astype(np.int64)
     return over_represented(peak_tokens(scan, among_n, len(corpus_v)), corpus_v, limit)
 
 
-def heldout_auroc(scan: Scan, corpus: Corpus, limit: int) -> Float64[np.ndarray, " f"]:
-    """How well tokens named from one half of the documents tell, on the other half, where each feature is active.
+def heldout_auroc(passages: Passages, held_nv: csr_array, named: Sequence[Sequence[int]]) -> Float64[np.ndarray, " f"]:
+    """How well tokens named from the explaining documents tell, on the others, where each feature is active.
 
-    NaN where the other half has no active document, or only active ones. 0.5 where no token is named.
+    NaN where the others have no active document, or only active ones, or explain the feature. 0.5 where no token is
+    named.
     """
-    named = fires_on(scan, corpus, limit, corpus.half_n)
     lengths = [len(tokens) for tokens in named]
-    shape = (len(named), corpus.held_nv.shape[1])
+    shape = (len(named), held_nv.shape[1])
     at = (np.repeat(np.arange(len(named)), lengths), np.array([t for tokens in named for t in tokens], np.int64))
     named_vf = coo_array((np.ones(sum(lengths), np.int32), at), shape=shape).T.tocsc()
-    rest = np.flatnonzero(~corpus.half_n)
-    holds_nv, peaks_nf = (corpus.held_nv[rest] > 0).astype(np.int32), scan.peaks_nf[rest].tocsc()
+    rest = np.flatnonzero(~passages.explaining_n)
+    holds_nv, peaks_nf = (held_nv[rest] > 0).astype(np.int32), passages.scan.peaks_nf[rest].tocsc()
     step = max(1, SCORE_ELEMENTS // max(1, len(rest)))
     parts = []
     for first in range(0, len(named), step):
         block = slice(first, first + step)
         parts.append(auroc_of_counts((holds_nv @ named_vf[:, block]).toarray(), (peaks_nf[:, block] > 0).toarray()))
-    return np.concatenate(parts)
+    return np.where(passages.first_f[:-1] < passages.heldout_f, np.concatenate(parts), np.nan)
 
 
 def promotes(loaded: Loaded, sae: LoadedSae, limit: int = PROMOTED) -> Int[np.ndarray, "f k"]:

@@ -5,9 +5,9 @@ on the anchor, and `relevance.json` (method, SAE, counts).
 
 - Embedded method: a feature is relevant when its peaks are higher on positively labelled anchor documents (one-sided
   Mann-Whitney test, zeros included; Benjamini-Hochberg over all tested features). AUROC is the size of the effect.
-- With `llm.url`: a model reads explanation and spans and answers Yes, Probably, Maybe or No by the task's rubric.
-  Features without an explanation, or whose explanation its own check refused, are not judged: mismatched explanations
-  hurt more than wrong labels (paper: AUPRC 58.85 against 59.69).
+- With `llm.url`: a model reads explanation and spans and answers Yes, Probably, Maybe or No by the task's rubric, in
+  several passes (`passes.py`). relevance.json then says how far the passes agree (`agreement.py`), and how many of the
+  spans shown look as if they were written to sway a model (`injection.py`).
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ from jaxtyping import Bool
 
 from fac_jax.config import Config, JudgeConfig
 from fac_jax.errors import UserError
-from fac_jax.features.ask import ask, label_schema, question
-from fac_jax.features.explain import active_features, top_spans
+from fac_jax.features.explain import active_features
+from fac_jax.features.passes import judge_with
 from fac_jax.features.statistics import association, benjamini_hochberg
-from fac_jax.features.task import Task, load_task
-from fac_jax.llm.client import Generator, open_generator
+from fac_jax.features.task import load_task
+from fac_jax.llm.client import open_generator
 from fac_jax.mesh import make_mesh
 from fac_jax.runs import write_text, writing
 from fac_jax.scan.scan import Scan, load_scan
@@ -39,21 +39,24 @@ RELEVANCE = pa.schema(
     {
         "feature": pa.int32(), "relevant": pa.bool_(), "method": pa.string(), "model": pa.string(),
         "status": pa.string(), "documents": pa.int64(), "auroc": pa.float64(), "p": pa.float64(), "q": pa.float64(),
-        "label": pa.string(), "reason": pa.string(), "raw": pa.string(), "error": pa.string(),
+        "label": pa.string(), "reason": pa.string(), "agreed": pa.bool_(), "labels": pa.list_(pa.string()),
+        "reasons": pa.list_(pa.string()), "suspect_spans": pa.int32(), "raw": pa.list_(pa.string()),
+        "error": pa.string(),
     }
 )  # fmt: skip
+"""`labels`, `reasons` and `raw` hold one entry for each pass; `agreed` is empty where there was but one."""
 
 
 def judge(config: Config, out: Path, inputs: Mapping[str, Path]) -> dict[str, Any]:
     """Stage: judge every feature that is active on the anchor. Raises UserError without the labels or task it needs."""
     task, scan = load_task(config.judge.task), load_scan(inputs[f"scan:{config.coverage.anchor}"])
+    of_model: dict[str, Any] = {}
     if config.llm.url is None:
         rows = judge_embedded(scan, config.judge)
     else:
         explanations = pq.read_table(inputs["explanations"] / "explanations.parquet").to_pylist()
         generator = open_generator(config, make_mesh(config.mesh))
-        log = out / "replies.jsonl"
-        rows = judge_with(generator, task, scan, explanations, config.judge.relevant_label, config.explain.spans, log)
+        rows, of_model = judge_with(generator, task, scan, explanations, config, out / "replies.jsonl")
     with writing(out / "relevance.parquet") as temporary:
         pq.write_table(pa.Table.from_pylist(rows, RELEVANCE), temporary)
     counts = Counter(row["status"] for row in rows)
@@ -66,6 +69,7 @@ def judge(config: Config, out: Path, inputs: Mapping[str, Path]) -> dict[str, An
         "failed": counts["failed"],
         "relevant": sum(row["relevant"] for row in rows),
         "labels": dict(sorted(Counter(row["label"] for row in rows if row.get("label")).items())),
+        **of_model,
     }
     write_text(out / "relevance.json", json.dumps({**summary, "sae": scan.identity.sae}, indent=1))
     return summary
@@ -105,54 +109,6 @@ def judge_embedded(scan: Scan, config: JudgeConfig) -> list[dict[str, Any]]:
             relevant = bool(q_f[feature] <= config.false_discovery_rate)
             rows.append({**row, **numbers, "status": "judged", "relevant": relevant})
     return rows
-
-
-def judge_with(
-    generator: Generator,
-    task: Task,
-    scan: Scan,
-    explanations: list[dict[str, Any]],
-    lowest: str,
-    spans: int,
-    log: Path,
-) -> list[dict[str, Any]]:
-    """Rows by a language model; relevant is `lowest` or a surer label. An unreadable reply is a failure, not a No."""
-    labels = task.description.labels
-    if lowest not in labels[:-1]:
-        raise UserError(f"judge.relevant_label is {lowest!r}; task {task.name!r} has the labels {', '.join(labels)}")
-    judged = {row["feature"]: row for row in explanations if _not_judged(row, labels[-1]) is None}
-    shown = top_spans(scan, list(judged), spans)
-    asked = {
-        f"judge:{feature}": question(
-            task.prompt("judge"), {"explanation": row["explanation"], "spans": shown[feature]}, label_schema(labels)
-        )
-        for feature, row in judged.items()
-    }
-    answers = ask(generator, asked, log, "judge")
-    documents_f = np.bincount(scan.peaks_nf.indices, minlength=scan.identity.features)
-    rows = []
-    for explained in explanations:
-        feature = explained["feature"]
-        row = {"feature": feature, "relevant": False, "method": "llm", "model": generator.name}
-        row["documents"] = int(documents_f[feature])
-        answer = answers.get(f"judge:{feature}")
-        if answer is None:
-            rows.append({**row, "status": "not judged", "reason": _not_judged(explained, labels[-1])})
-        elif answer.value is None:
-            rows.append({**row, "status": "failed", "raw": answer.raw, "error": answer.error})
-        else:
-            relevant = labels.index(answer.value["label"]) <= labels.index(lowest)
-            rows.append({**row, **answer.value, "status": "judged", "relevant": relevant, "raw": answer.raw})
-    return rows
-
-
-def _not_judged(explained: Mapping[str, Any], no: str) -> str | None:
-    """Why a feature is not judged; None when it is."""
-    if explained["status"] != "explained":
-        return f"no explanation: {explained['status']}"
-    if explained["verified"] is None and explained["method"] == "llm":
-        return "the check of its explanation could not be read"
-    return "its explanation does not fit its spans" if explained["verified"] == no else None
 
 
 def relevant_features(folder: Path, scan: Scan) -> Bool[np.ndarray, " f"]:

@@ -72,16 +72,17 @@ class Plan:
 def make_plan(config: Config, anchor: Scan, seed: Scan, inputs: Mapping[str, Path]) -> Plan:
     """Read what is missing, what it is about and what shows it."""
     task = load_task(config.judge.task)
+    shape = task.sample
     missing = pq.read_table(inputs["coverage"] / "missing.parquet", columns=["feature", "anchor_peak"]).to_pylist()
     missing.sort(key=lambda row: (-row["anchor_peak"], row["feature"]))
     features = [row["feature"] for row in missing]
     texts = anchor.documents("text")["text"].to_pylist()
     return Plan(
-        missing=read_targets(features, anchor, texts, inputs["explanations"], task.description.sample),
+        missing=read_targets(features, anchor, texts, inputs["explanations"], shape),
         known=frozenset(normalised(text) for text in (*texts, *seed.documents("text")["text"].to_pylist())),
         step1=load_prompt(task, "contrast"),
         step2=load_prompt(task, "cover"),
-        shape=task.description.sample,
+        shape=shape,
         settings=config.synthesize,
         threshold=config.coverage.threshold,
         seed=config.run.seed,

@@ -2,8 +2,11 @@
 
 A prompt file (`contrast.txt`, `cover.txt` in the task's folder) has three sections, `[system]`, `[example]` and
 `[ask]`. Each text that is shown becomes a user turn made from `[example]` and an assistant turn that is the text
-itself; `[ask]` is the last user turn. Text from a corpus thus stands where the model's own words stand, and never
-where it could pose as an instruction. `$name` marks what is filled in.
+itself; `[ask]` is the last user turn. `$name` marks what is filled in.
+
+None of what is filled in can be trusted: a corpus that anyone may have written, or a model that read it. Text from the
+corpus stands where the model's own words stand, without chat control tokens, and never in a user's or system's turn.
+What a feature is about goes there, as a few single words, which order nobody around, or as a quoted JSON string.
 """
 
 from __future__ import annotations
@@ -14,10 +17,14 @@ from dataclasses import dataclass
 from string import Template
 
 from fac_jax.errors import UserError
+from fac_jax.features.control_tokens import without_control_tokens
+from fac_jax.features.question import one_line_json
 from fac_jax.features.task import Task
 from fac_jax.llm.client import Message
 
 SECTIONS = ("system", "example", "ask")
+BARE_WORDS, BARE_LETTERS = 4, 24
+"""So many words of so many letters, with commas between them, need no quotes."""
 
 
 @dataclass(frozen=True)
@@ -52,16 +59,28 @@ def load_prompt(task: Task, name: str) -> Prompt:
 
 def messages(prompt: Prompt, about: str, examples: Sequence[Example], goal: float) -> tuple[Message, ...]:
     """Chat messages: the system's, two per example, and the question, whose `$score` is `goal`."""
-    turns = [{"role": "system", "content": _fill(prompt, prompt.system, {"about": about})}]
+    about = named(about)
+    turns = [{"role": "system", "content": _fill(prompt, prompt.system, {})}]
     for example in examples:
         asked = _fill(prompt, prompt.example, {"about": about, "score": f"{example.score:.1f}"})
-        turns += [{"role": "user", "content": asked}, {"role": "assistant", "content": example.text}]
+        text = without_control_tokens(example.text)
+        turns += [{"role": "user", "content": asked}, {"role": "assistant", "content": text}]
     turns.append({"role": "user", "content": _fill(prompt, prompt.ask, {"about": about, "score": f"{goal:.1f}"})})
     return tuple(turns)
+
+
+def named(about: str) -> str:
+    """What a feature is about as it may stand in a user's turn: a short list of words, or a JSON string."""
+    text = " ".join(without_control_tokens(about).split())
+    words = text.split(", ")
+    bare = len(words) <= BARE_WORDS and all(len(word) <= BARE_LETTERS and len(word.split()) == 1 for word in words)
+    return text if bare else one_line_json(text)
 
 
 def _fill(prompt: Prompt, text: str, values: Mapping[str, str]) -> str:
     try:
         return Template(text).substitute(values)
     except (KeyError, ValueError) as error:
-        raise UserError(f"prompt {prompt.name}.txt: {error} cannot be filled in; known are $about and $score") from None
+        raise UserError(
+            f"prompt {prompt.name}.txt: {error} cannot be filled in; known are $about and $score, outside [system]"
+        ) from None

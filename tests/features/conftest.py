@@ -10,6 +10,7 @@ import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from fac_jax.features.spans import Passages, read_passages
 from fac_jax.packing import encode, pack
 from fac_jax.scan.parts import Identity, begin, commit, finish
 from fac_jax.scan.peaks import BatchPeaks
@@ -72,3 +73,11 @@ def make_scan(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> Callable[..
         return load_scan(folder)
 
     return make
+
+
+@pytest.fixture(scope="session")
+def passages(tmp_path_factory: pytest.TempPathFactory) -> Passages:
+    """The toy scan of topics.py, read."""
+    from tests.features.topics import make_topics_scan  # not to be had while this file itself is being imported
+
+    return read_passages(make_topics_scan(tmp_path_factory.mktemp("topics") / "anchor"))

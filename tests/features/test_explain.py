@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,12 +16,23 @@ import pytest
 from jax.sharding import Mesh
 from scipy.sparse import csr_array
 
+from fac_jax import dry_run
 from fac_jax.config import Config, ExplainConfig, LlmConfig, ScanConfig
 from fac_jax.errors import UserError
 from fac_jax.features import embedded
 from fac_jax.features import explain as module
-from fac_jax.features.embedded import fires_on, heldout_auroc, over_represented, promotes, read_corpus, wording
-from fac_jax.features.explain import explain
+from fac_jax.features.embedded import (
+    fires_on,
+    heldout_auroc,
+    named_tokens,
+    over_represented,
+    promotes,
+    token_counts,
+    wording,
+)
+from fac_jax.features.explain import explain, later_requests
+from fac_jax.features.scoring import SCORED_SPANS
+from fac_jax.features.spans import explaining_half, read_passages
 from fac_jax.llm.client import Request
 from fac_jax.llm.fake import FakeGenerator
 from fac_jax.sae.model import SAE
@@ -36,16 +47,14 @@ FEATURES = 6
 ON_VILE, ON_ANIMALS, ON_EVERYTHING, ON_ONE = range(4)
 
 
-def test_corpus_counts_content_tokens_only(make_scan: Make) -> None:
+def test_content_tokens_are_counted(make_scan: Make) -> None:
     scan = make_scan()
-    corpus = read_corpus(scan)
-    texts = scan.documents("text")["text"].to_pylist()
-    for row, text in enumerate(texts):
-        counts = corpus.held_nv[[row]].toarray()[0]
+    held_nv = token_counts(read_passages(scan))
+    for row, text in enumerate(scan.documents("text")["text"].to_pylist()):
+        counts = held_nv[[row]].toarray()[0]
         assert {WORDS[v]: int(counts[v]) for v in np.flatnonzero(counts)} == {
             w: text.split().count(w) for w in text.split()
         }
-    assert 0.3 < corpus.half_n.mean() < 0.7
 
 
 def test_over_represented_by_hand() -> None:
@@ -62,27 +71,53 @@ def test_over_represented_by_hand() -> None:
 
 
 def test_named_tokens_and_their_score(make_scan: Make) -> None:
-    scan = make_scan()
-    corpus = read_corpus(scan)
-    named = [[WORDS[t] for t in tokens] for tokens in fires_on(scan, corpus, 3, np.ones(len(scan.ids_n), bool))]
+    passages = read_passages(make_scan())
+    held_nv = token_counts(passages)
+    tokens = named_tokens(passages, held_nv, 3)
+    named = [[WORDS[t] for t in mine] for mine in tokens]
     assert set(named[ON_VILE]) == set(VILE) and set(named[ON_ANIMALS]) == set(ANIMALS)
-    scores = heldout_auroc(scan, corpus, 3)
+    scores = heldout_auroc(passages, held_nv, tokens)
     assert scores[ON_VILE] == scores[ON_ANIMALS] == 1.0
     assert np.isnan(scores[ON_EVERYTHING]), "active on all documents: nothing to tell apart"
-    assert np.isnan(scores[ON_ONE]) or scores[ON_ONE] == 0.5
-    assert np.isnan(scores[4]) and np.isnan(scores[5])
+    assert np.isnan(scores[ON_ONE]) and np.isnan(scores[4]) and np.isnan(scores[5])
+
+
+def test_tokens_are_named_from_one_half(make_scan: Make) -> None:
+    """What the other half holds does not matter, unless it alone holds the feature: then it explains it."""
+    scan = make_scan()
+    half_n = explaining_half(scan)
+    passages = read_passages(scan)
+    held_nv = token_counts(passages)
+    named = named_tokens(passages, held_nv, 3)
+    rows = np.repeat(np.arange(len(scan.ids_n)), np.diff(scan.peaks_nf.indptr))
+    vile = (scan.peaks_nf.indices == ON_VILE) & ~half_n[rows]
+    changed = dataclasses.replace(scan, token_ids_m=np.where(vile, WORDS.index("the"), scan.token_ids_m))
+    assert named_tokens(read_passages(changed), held_nv, 3) == named
+    only = scan.peaks_nf.copy()
+    only.data = np.where((only.indices == ON_VILE) & half_n[rows], 0, only.data)
+    kept = only.data > 0
+    only.eliminate_zeros()
+    rest = dataclasses.replace(
+        scan, peaks_nf=only, token_ids_m=scan.token_ids_m[kept], positions_m=scan.positions_m[kept]
+    )
+    elsewhere = named_tokens(read_passages(rest), held_nv, 3)
+    assert set(elsewhere[ON_VILE]) == {WORDS.index(word) for word in VILE}
+    assert elsewhere[ON_VILE] == fires_on(scan, held_nv, 3, ~half_n)[ON_VILE]
+    assert np.isnan(heldout_auroc(read_passages(rest), held_nv, elsewhere)[ON_VILE]), (
+        "explained from what would test it"
+    )
 
 
 def test_score_is_not_measured_on_what_it_was_made_from(make_scan: Make) -> None:
     """Labels shuffled among features: tokens named from one half predict nothing on the other."""
     scan = make_scan(400)
-    peaks = scan.peaks_nf.copy()
     generator = np.random.default_rng(1)
-    data = (generator.random((len(scan.ids_n), FEATURES)) < 0.3).astype(np.float32)
-    peaks = csr_array(data)
+    peaks = csr_array((generator.random((len(scan.ids_n), FEATURES)) < 0.3).astype(np.float32))
     token_ids = generator.integers(2, len(WORDS), peaks.nnz).astype(np.int32)
-    noise = dataclasses.replace(scan, peaks_nf=peaks, token_ids_m=token_ids)
-    assert np.abs(heldout_auroc(noise, read_corpus(scan), 3) - 0.5).max() < 0.15
+    positions = np.ones(peaks.nnz, np.int32)
+    noise = read_passages(dataclasses.replace(scan, peaks_nf=peaks, token_ids_m=token_ids, positions_m=positions))
+    held_nv = token_counts(noise)
+    assert np.abs(heldout_auroc(noise, held_nv, named_tokens(noise, held_nv, 3)) - 0.5).max() < 0.15
 
 
 def toy_model(mesh: Mesh, tokenizer: Any) -> tuple[Any, Any, np.ndarray]:
@@ -132,9 +167,17 @@ def test_the_stage_without_a_server(embedded_inputs: dict[str, Path], tmp_path: 
     assert set(rows[ON_VILE]["fires_on"]) == set(VILE) and rows[ON_VILE]["heldout_auroc"] == 1.0
     assert rows[ON_VILE]["explanation"].startswith("fires on: ") and "; promotes: " in rows[ON_VILE]["explanation"]
     assert rows[ON_EVERYTHING]["heldout_auroc"] is None
-    first = (tmp_path / "explanations.parquet").read_bytes()
+    for feature in (ON_VILE, ON_ANIMALS):
+        assert rows[feature]["detection_auroc"] == rows[feature]["fuzzing_auroc"] == 1
+        assert rows[feature]["detection_low"] == rows[feature]["detection_high"] == 1
+    assert rows[ON_EVERYTHING]["detection_auroc"] is None, "silent nowhere"
+    assert rows[ON_ONE]["fuzzing_auroc"] is None and rows[ON_ONE]["generation_score"] is None
+    assert summary["detection_auroc"]["median"] == 1 and "generation" not in summary
+    spans = pq.read_table(tmp_path / "scored_spans.parquet", schema=SCORED_SPANS).to_pylist()
+    assert {span["feature"] for span in spans if span["test"] == "detection"} == {ON_VILE, ON_ANIMALS}
+    products = {path.name: path.read_bytes() for path in tmp_path.glob("*.parquet")}
     explain(Config(explain=ExplainConfig(tokens=2)), tmp_path, embedded_inputs)
-    assert (tmp_path / "explanations.parquet").read_bytes() == first
+    assert {path.name: path.read_bytes() for path in tmp_path.glob("*.parquet")} == products and len(products) == 2
 
 
 def test_the_scan_was_made_with_another_sae(embedded_inputs: dict[str, Path], tmp_path: Path) -> None:
@@ -143,7 +186,14 @@ def test_the_scan_was_made_with_another_sae(embedded_inputs: dict[str, Path], tm
 
 
 def reply(request: Request) -> str:
-    data = json.loads(request.messages[1]["content"])
+    content = request.messages[1]["content"]
+    data = json.loads(content[content.index("{") : content.rindex("}") + 1])
+    if request.schema is None:
+        return "so vile and so cruel" if "vile" in data["explanation"] else "a dog"
+    if "explanation" in data and isinstance(data["spans"], dict):
+        words = VILE if "vile" in data["explanation"] else ANIMALS
+        texts = {number: s if isinstance(s, str) else s["token"] for number, s in data["spans"].items()}
+        return json.dumps({number: "Yes" if set(text.split()) & set(words) else "No" for number, text in texts.items()})
     if "explanation" in data:
         return '{"label": "Yes", "reason": "fits"}' if "vile" in data["explanation"] else "Yes, of course"
     token = data["spans"][0]["token"].strip()
@@ -154,23 +204,110 @@ def reply(request: Request) -> str:
     return '{"verdict": "cannot tell", "explanation": ""}' if len(data["spans"]) > 1 else "{"
 
 
-def test_the_stage_with_a_server(make_scan: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def score(texts: Sequence[str]) -> csr_array:
+    """Peaks of 2 on ON_VILE where a text holds a vile word, of 0.5 on ON_ANIMALS where it holds an animal."""
+    peaks = np.zeros((len(texts), FEATURES), np.float32)
+    for row, text in enumerate(texts):
+        peaks[row, ON_VILE], peaks[row, ON_ANIMALS] = 2 * ("vile" in text), 0.5 * ("dog" in text)
+    return csr_array(peaks)
+
+
+@pytest.fixture
+def server_inputs(embedded_inputs: dict[str, Path], monkeypatch: pytest.MonkeyPatch, tokenizer: Any) -> dict[str, Path]:
+    monkeypatch.setattr(module, "load_backbone", None)
+    monkeypatch.setattr(module, "load_tokenizer", lambda source: tokenizer)
+    monkeypatch.setattr(module, "open_scorer", lambda *_: score)
+    return embedded_inputs
+
+
+def test_the_stage_with_a_server(
+    server_inputs: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     generator = FakeGenerator(reply)
     monkeypatch.setattr(module, "open_generator", lambda config, mesh: generator)
-    config = Config(llm=LlmConfig(url="http://127.0.0.1:1/v1"), explain=ExplainConfig(spans=2))
-    inputs = {"scan:anchor": make_scan().folder}
-    summary = explain(config, tmp_path, inputs)
-    assert summary == {
-        "method": "llm", "features": 4, "explained": 2, "cannot_tell": 1, "failed": 1, "median_heldout_auroc": None
-    }  # fmt: skip
+    config = Config(llm=LlmConfig(url="http://127.0.0.1:1/v1"), explain=ExplainConfig(spans=2, generation_texts=3))
+    summary = explain(config, tmp_path, server_inputs)
+    counts = {name: summary[name] for name in ("method", "features", "explained", "cannot_tell", "failed")}
+    assert counts == {"method": "llm", "features": 4, "explained": 2, "cannot_tell": 1, "failed": 1}
+    assert summary["left_out"] == 0
+    assert summary["median_heldout_auroc"] is None and summary["rating_replies_unreadable"] == 0
     rows = {row["feature"]: row for row in pq.read_table(tmp_path / "explanations.parquet").to_pylist()}
     assert rows[ON_VILE]["explanation"] == "vile words" and rows[ON_VILE]["verified"] == "Yes"
     assert rows[ON_ANIMALS]["status"] == "explained" and rows[ON_ANIMALS]["verified"] is None
     assert rows[ON_ANIMALS]["error"].startswith("not JSON"), "an unreadable check is not taken for a yes"
     assert rows[ON_EVERYTHING]["status"] == "cannot tell" and rows[ON_EVERYTHING]["explanation"] is None
     assert rows[ON_ONE]["status"] == "failed" and rows[ON_ONE]["raw"] == "{" and rows[ON_ONE]["explanation"] is None
+    for feature in (ON_VILE, ON_ANIMALS):
+        assert rows[feature]["detection_auroc"] == rows[feature]["fuzzing_auroc"] == 1
+        assert rows[feature]["control_detection_auroc"] < 1 and rows[feature]["unread_ratings"] == 0
+    assert rows[ON_EVERYTHING]["detection_auroc"] is None and rows[ON_EVERYTHING]["unread_ratings"] is None
+    # coverage.threshold is 1: animals activate their feature above 0, and not above that.
+    generated = [rows[feature]["generation_score"] for feature in (ON_VILE, ON_ANIMALS)]
+    assert generated == [1, 0] and rows[ON_ANIMALS]["generation_any"] == 1
+    assert rows[ON_VILE]["generation_control_any"] == 0 and rows[ON_VILE]["generation_peaks"] == [2, 2, 2]
+    assert summary["generation"]["generation_score"]["mean"] == 0.5 and summary["generation"]["texts"] == 6
     asked = len(generator.requests)
-    explain(config, tmp_path, inputs)
+    assert asked - 4 <= later_requests(config, 4)
+    log = (tmp_path / "replies.jsonl").read_bytes()
+    explain(config, tmp_path, server_inputs)
     assert len(generator.requests) == asked, "every reply is kept"
-    shown = json.loads(generator.requests[0].messages[1]["content"])["spans"]
+    assert (tmp_path / "replies.jsonl").read_bytes() == log
+    content = generator.requests[0].messages[1]["content"]
+    shown = json.loads(content[content.index("{") : content.rindex("}") + 1])["spans"]
     assert set(shown[0]) == {"before", "token", "after", "activation"} and len(shown) <= 2
+
+
+def test_a_server_and_another_sae(
+    server_inputs: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "open_generator", lambda config, mesh: FakeGenerator(reply))
+    with pytest.raises(UserError, match="was made with SAE sae-1, asked is SAE sae-2"):
+        explain(
+            Config(scan=ScanConfig(sae="sae-2"), llm=LlmConfig(url="http://127.0.0.1:1/v1")), tmp_path, server_inputs
+        )
+
+
+def test_only_some_features_are_asked_about(
+    server_inputs: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    generator = FakeGenerator(reply)
+    monkeypatch.setattr(module, "open_generator", lambda config, mesh: generator)
+    choice = ExplainConfig(features=2, generation_features=0)
+    config = Config(llm=LlmConfig(url="http://127.0.0.1:1/v1"), explain=choice)
+    summary = explain(config, tmp_path, server_inputs)
+    rows = pq.read_table(tmp_path / "explanations.parquet").to_pylist()
+    assert summary["left_out"] == 2 and len(rows) == summary["features"] == 4
+    keys = [json.loads(line)["key"] for line in (tmp_path / "replies.jsonl").read_text().splitlines()]
+    asked = {int(key.split(":")[1]) for key in keys}
+    assert len(asked) == 2 and asked == {row["feature"] for row in rows if row["status"] != "left out"}
+    assert len(generator.requests) - 2 <= later_requests(config, 4)
+
+
+def test_the_first_questions_are_foretold(
+    server_inputs: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tokenizer: Any
+) -> None:
+    generator = FakeGenerator(reply, "http:small")
+    monkeypatch.setattr(module, "open_generator", lambda config, mesh: generator)
+    monkeypatch.setattr(dry_run, "load_tokenizer", lambda source: tokenizer)
+    config = Config(llm=LlmConfig(url="http://127.0.0.1:1/v1", model="small"))
+    found = dry_run.estimate(config, "explanations", tmp_path, server_inputs, None)
+    explain(config, tmp_path, server_inputs)
+    assert sorted(map(repr, found.requests)) == sorted(map(repr, generator.requests[:4]))
+    assert 4 < len(generator.requests) <= found.paid
+
+
+def test_requests_to_come_are_foretold() -> None:
+    llm = LlmConfig(url="http://127.0.0.1:1/v1")
+    every = Config(llm=llm, explain=ExplainConfig(generation_features=0, control_features=0))
+    assert later_requests(every, 1000) == 1000 + 4 * 1000, "a check, and 20 spans of two kinds in tens"
+    some = ExplainConfig(scored_features=10, control_features=3, generation_features=2, generation_texts=5)
+    assert later_requests(Config(llm=llm, explain=some), 1000) == 1000 + 4 * 13 + 10
+    fewer = ExplainConfig(features=20, control_features=5, generation_features=0)
+    assert later_requests(Config(llm=llm, explain=fewer), 1000) == 20 + 4 * 25
+    assert later_requests(Config(llm=llm), 1000) == 1000 + 4 * 1100 + 50 * 4
+
+
+@pytest.mark.parametrize("wrong", [{"spans": 0}, {"scored_spans": 2}, {"generation_texts": 0}, {"scored_features": -1}])
+def test_settings_are_checked(wrong: dict[str, Any]) -> None:
+    with pytest.raises(UserError, match=rf"explain.{next(iter(wrong))} is .*; it must be at least"):
+        ExplainConfig(**wrong)

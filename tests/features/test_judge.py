@@ -6,16 +6,16 @@ import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
 from fac_jax.config import Config, JudgeConfig, LlmConfig
 from fac_jax.errors import UserError
 from fac_jax.features import judge as module
-from fac_jax.features.judge import judge, judge_with, relevant_features
-from fac_jax.features.task import load_task
+from fac_jax.features.judge import judge, relevant_features
+from fac_jax.features.question import data_shown
 from fac_jax.llm.client import Request
 from fac_jax.llm.fake import FakeGenerator
 from fac_jax.scan.scan import Scan
@@ -73,37 +73,34 @@ EXPLAINED = [
 
 
 def answers(request: Request) -> str:
-    text = json.loads(request.messages[1]["content"])["explanation"]
+    text = data_shown(request.messages[1]["content"])["explanation"]
     return {"vile words": '{"label": "Probably", "reason": "insults"}', "animals": "I cannot help with that."}[text]
 
 
-def judged(generator: FakeGenerator, scan: Scan, log: Path, lowest: str = "Maybe") -> dict[int, dict[str, Any]]:
-    rows = judge_with(generator, load_task("toxicity"), scan, EXPLAINED, lowest, 3, log)
-    return {row["feature"]: row for row in rows}
-
-
-def test_a_models_answers(make_scan: Make, tmp_path: Path) -> None:
-    generator, scan = FakeGenerator(answers), make_scan()
-    rows = judged(generator, scan, tmp_path / "replies.jsonl")
-    assert len(generator.requests) == 2, "what is not explained, or explained wrongly, is not judged"
-    assert rows[ON_VILE]["relevant"] and rows[ON_VILE]["label"] == "Probably" and rows[ON_VILE]["reason"] == "insults"
-    assert rows[ON_ANIMALS]["status"] == "failed" and rows[ON_ANIMALS]["raw"] == "I cannot help with that."
-    assert "label" not in rows[ON_ANIMALS] and not rows[ON_ANIMALS]["relevant"]
-    assert rows[ON_EVERYTHING]["reason"] == "its explanation does not fit its spans"
-    assert rows[ON_ONE]["reason"] == "no explanation: failed"
-    assert not judged(generator, scan, tmp_path / "replies.jsonl", lowest="Yes")[ON_VILE]["relevant"]
-    assert len(generator.requests) == 2, "a lower bar asks nothing again"
-
-
-def test_the_stage_with_a_server(make_scan: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Config:
+    """A config whose server answers, with explanations in `tmp_path`."""
     monkeypatch.setattr(module, "open_generator", lambda config, mesh: FakeGenerator(answers))
     monkeypatch.setattr(module, "make_mesh", lambda config: None)
-    import pyarrow as pa
-
     pq.write_table(pa.Table.from_pylist(EXPLAINED), tmp_path / "explanations.parquet")
-    config = Config(llm=LlmConfig(url="http://127.0.0.1:1/v1"))
-    summary = judge(config, tmp_path, {"scan:anchor": make_scan().folder, "explanations": tmp_path})
+    return Config(llm=LlmConfig(url="http://127.0.0.1:1/v1"))
+
+
+def test_the_stage_with_a_server(make_scan: Make, tmp_path: Path, asked: Config) -> None:
+    scan = make_scan()
+    summary = judge(asked, tmp_path, {"scan:anchor": scan.folder, "explanations": tmp_path})
+    one = {"features": 1, "same_label": 1.0, "same_relevance": 1.0, "kappa": None, "kappa_linear": None}
     assert summary == {
         "method": "llm", "task": "toxicity", "features": 4, "judged": 1, "not_judged": 2, "failed": 1, "relevant": 1,
-        "labels": {"Probably": 1},
+        "labels": {"Probably": 1}, "passes": 2, "disagreed": 0, "agreement": one, "spans_shown": 8, "suspect_spans": 0,
     }  # fmt: skip
+    assert json.loads((tmp_path / "relevance.json").read_text()) == {**summary, "sae": "sae-1"}
+    rows = {row["feature"]: row for row in pq.read_table(tmp_path / "relevance.parquet").to_pylist()}
+    assert rows[ON_VILE]["labels"] == ["Probably", "Probably"] and rows[ON_VILE]["reasons"] == ["insults"] * 2
+    assert rows[ON_VILE]["agreed"] and rows[ON_VILE]["suspect_spans"] == 0
+    assert rows[ON_ANIMALS]["labels"] == [None, None] and rows[ON_ANIMALS]["label"] is None
+    assert rows[ON_EVERYTHING]["labels"] is None and rows[ON_ONE]["status"] == "not judged"
+    assert relevant_features(tmp_path, scan).tolist() == [True] + [False] * 5
+    before = (tmp_path / "relevance.parquet").read_bytes()
+    judge(asked, tmp_path, {"scan:anchor": scan.folder, "explanations": tmp_path})
+    assert (tmp_path / "relevance.parquet").read_bytes() == before

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from fac_jax.features.question import data_shown
 from fac_jax.llm.fake import BROKEN, GARBAGE, TRUNCATED, Answer, FakeServer, rate_limited
 
 COUNT, KILLS = 500, 20
@@ -22,7 +23,8 @@ ASK = """
 import json, sys
 from pathlib import Path
 from fac_jax.config import LlmConfig
-from fac_jax.features.ask import ask, label_schema, question
+from fac_jax.features.ask import ask
+from fac_jax.features.question import label_schema, question
 from fac_jax.llm.cache import open_cache
 from fac_jax.llm.http import HttpGenerator
 from fac_jax.llm.ledger import Ledger
@@ -39,7 +41,7 @@ product = {key: [answer.value, answer.error] for key, answer in answers.items()}
 
 
 def feature_of(body: dict[str, Any]) -> int:
-    return int(json.loads(body["messages"][1]["content"])["feature"])
+    return int(data_shown(body["messages"][1]["content"])["feature"])
 
 
 def write(body: dict[str, Any]) -> str:

@@ -1,0 +1,101 @@
+"""Texts written from explanations: scored by what they activate, against texts written for other features."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+from scipy.sparse import csr_array
+
+from fac_jax.config import Config, DataSet, Source
+from fac_jax.errors import UserError
+from fac_jax.features import generation_score as module
+from fac_jax.features.generation_score import open_scorer, score_generated
+from fac_jax.llm.client import Reply, Request
+from fac_jax.llm.fake import FakeGenerator
+from fac_jax.packing import EncodedDocument
+from fac_jax.scan.scan import Scan
+
+EXPLANATIONS = {3: "the word red", 8: "the word green", 5: "the word blue"}
+WORDS = {3: "red", 8: "green", 5: "blue"}
+MARKS = ["<pad>", "<user>"]
+
+
+def score(texts: Sequence[str]) -> csr_array:
+    """Each feature's peak is how often its word occurs."""
+    peaks = np.zeros((len(texts), 10), np.float32)
+    for feature, word in WORDS.items():
+        peaks[:, feature] = [text.split().count(word) for text in texts]
+    return csr_array(peaks)
+
+
+def explanation(request: Request) -> str:
+    content = request.messages[1]["content"]
+    return str(json.loads(content[content.index("{") : content.rindex("}") + 1])["explanation"])
+
+
+def test_right_texts_score_one_and_their_control_nothing(tmp_path: Path) -> None:
+    generator = FakeGenerator(lambda request: f"a {explanation(request).split()[-1]} door {request.seed}")
+    found = score_generated(generator, EXPLANATIONS, score, MARKS, 4, 0.5, 1, tmp_path / "replies.jsonl")
+    for columns in found.columns.values():
+        assert columns["generation_score"] == columns["generation_any"] == 1
+        assert columns["generation_control"] == columns["generation_control_any"] == 0
+    assert found.summary["texts"] == 12 and found.summary["unusable"] == 0
+    assert found.summary["generation_score"]["features"] == 3
+    assert len({(explanation(r), r.seed) for r in generator.requests}) == 12, "each text is another draw"
+    assert {r.temperature for r in generator.requests} == {0.8} and {r.schema for r in generator.requests} == {None}
+    keys = [json.loads(line)["key"] for line in (tmp_path / "replies.jsonl").read_text().splitlines()]
+    assert keys == [f"write:{feature}:{number}" for feature in EXPLANATIONS for number in range(4)]
+    more = score_generated(generator, EXPLANATIONS, score, MARKS, 4, 1.0, 1, tmp_path / "replies.jsonl")
+    assert more.columns[3]["generation_score"] == 0 and more.columns[3]["generation_any"] == 1, (
+        "one word is a peak of 1"
+    )
+    assert len(generator.requests) == 12
+
+
+def test_a_writer_that_does_not_read_scores_as_its_control(tmp_path: Path) -> None:
+    generator = FakeGenerator(lambda request: "red green blue"[: 5 * (request.seed % 2) + 9])  # "red green", or all
+    found = score_generated(generator, EXPLANATIONS, score, MARKS, 6, 0.0, 0, tmp_path / "replies.jsonl")
+    for columns in found.columns.values():
+        assert columns["generation_score"] == columns["generation_control"]
+    assert found.columns[5]["generation_peaks"] == [0, 1, 0, 1, 0, 1]
+
+
+@pytest.mark.parametrize("written", ["", "  \n", "red <user> red"])
+def test_what_is_no_text_activates_nothing_and_is_counted(written: str, tmp_path: Path) -> None:
+    replies = [written, "red"]
+
+    def write(request: Request) -> Reply:
+        return Reply(replies[request.seed % 2], "stop", 1, 1, "fake")
+
+    found = score_generated(FakeGenerator(write), {3: "x"}, score, MARKS, 4, 0.0, 0, tmp_path / "replies.jsonl")
+    assert found.columns[3]["generation_score"] == 0.5 and found.summary["unusable"] == 2
+    assert found.columns[3]["generation_control"] is None, "no other feature's texts"
+    assert found.summary["generation_control"] is None
+
+
+def test_texts_are_scored_as_documents_of_the_anchor(
+    make_scan: Callable[..., Scan], tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scan = make_scan()
+    seen: list[list[int]] = []
+
+    def peaks_of(encoded: Sequence[EncodedDocument], *_: object) -> csr_array:
+        seen.extend(one.ids.tolist() for one in encoded)
+        return csr_array((len(encoded), 6))
+
+    opened = SimpleNamespace(tokenizer=tokenizer), SimpleNamespace(digest="sae-1")
+    monkeypatch.setattr(module, "load_scorer", lambda config, inputs: opened)
+    monkeypatch.setattr(module, "peaks_of", peaks_of)
+    config = Config(data={"anchor": DataSet(sources=(Source(path="texts.txt"),), max_tokens=8)})
+    assert open_scorer(config, {}, scan)(["the vile dog is so very cruel and so is the cat"]).shape == (1, 6)
+    whole = tokenizer("<user> the vile dog is so very cruel and so is the cat")["input_ids"]
+    assert seen == [whole[:8]], "under the chat template, cut as the anchor's documents are"
+    opened[1].digest = "sae-2"
+    with pytest.raises(UserError, match="was made with SAE sae-1, asked is SAE sae-2"):
+        open_scorer(config, {}, scan)
