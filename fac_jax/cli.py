@@ -177,7 +177,6 @@ def _parse(name: str, verb: Verb, path: str | None, flags: list[str], on_bad_row
 def _run(config: Config, verb: str, options: dict[str, str]) -> None:
     """All stages in order, then the summary."""
     from fac_jax.pipeline import pipeline, run_stages
-    from fac_jax.report.terminal import summary
 
     stages = pipeline(config)
     if "dry-run" in options:
@@ -188,8 +187,15 @@ def _run(config: Config, verb: str, options: dict[str, str]) -> None:
         run_stages(run, stages, [name for name in wanted if name != "report"])
         stages["report"] = _report_on_done(run, stages)
         run_stages(run, stages, ["report"])
-        Console().print(summary(run.dir))
-        print(f"report: {(run.dir / 'report' / 'index.html').resolve()}")
+        _print_summary(run, options)
+
+
+def _print_summary(run: Run, options: dict[str, str]) -> None:
+    """The findings, and where the page is."""
+    from fac_jax.report.terminal import summary
+
+    Console().print(summary(run.dir, unsafe="show-unsafe" in options))
+    print(f"report: {(run.dir / 'report' / 'index.html').resolve()}")
 
 
 def _stage(config: Config, verb: str, options: dict[str, str]) -> None:
@@ -226,6 +232,9 @@ def _stage(config: Config, verb: str, options: dict[str, str]) -> None:
         if verb == "report":
             stages["report"] = _report_on_done(run, stages)
         made = run_stages(run, stages, wanted)
+        if verb == "report":
+            _print_summary(run, options)
+            return
         for stage, record in made if is_first() else ():
             print(f"{stage.name}: {run.folder(stage)}  ({record.seconds:.1f} s, {record.finished})")
             for key, value in record.summary.items():
@@ -450,12 +459,16 @@ OPTIONS["plan"].update(
         "out": "FILE: a JSON file to write",
     }
 )
+for _showing in ("run", "report"):
+    OPTIONS[_showing]["show-unsafe"] = (
+        "print passages, and explanations of a task about harm, which are hidden otherwise"
+    )
 for _asking in ("run", "explain", "judge", "synthesize"):
     OPTIONS[_asking]["dry-run"] = "say what the server would be asked and what it would cost; ask and write nothing"
     OPTIONS[_asking]["max-cost"] = "MONEY: short for --llm.max-cost, what the run directory may spend on answers"
     OPTIONS[_asking]["max-tokens"] = "N: short for --llm.max-tokens, read and written"
 SHORT = {"--max-cost": "--llm.max-cost", "--max-tokens": "--llm.max-tokens"}
-FLAGS = ("search", "dry-run")
+FLAGS = ("search", "dry-run", "show-unsafe")
 """Options that take no value."""
 
 

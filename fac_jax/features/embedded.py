@@ -3,9 +3,7 @@
 - *Fires on*: tokens that hold a feature's peaks more often than the corpus holds them, by log-odds with an informative
   Dirichlet prior (Monroe, Colaresi, Quinn 2008, "Fightin' Words", equations 16 and 22).
 - *Promotes*: tokens whose logits the feature's decoder direction raises most, through final norm and unembedding.
-- The first list is made from half of the documents. A held-out score by whole documents: how many of its tokens a
-  document of the other half holds predicts whether the feature is active there (AUROC; undefined without documents of
-  both kinds). Scores by spans, as explanations of a language model have them, are in `scoring.py`.
+The first list is made from half of the documents; `scoring.py` tests it on the other half.
 
 Reads nothing and writes nothing; `explain.py` does.
 """
@@ -18,13 +16,12 @@ from functools import partial
 
 import jax
 import numpy as np
-from jaxtyping import Array, Bool, Float64, Int, Int64
+from jaxtyping import Array, Bool, Int, Int64
 from scipy.sparse import coo_array, csr_array
 from transformers import PreTrainedTokenizerFast
 
 from fac_jax.backbone.weights import Loaded
 from fac_jax.features.spans import Passages
-from fac_jax.features.statistics import auroc_of_counts
 from fac_jax.mesh import DATA
 from fac_jax.progress import progress
 from fac_jax.sae.checkpoint import LoadedSae
@@ -39,7 +36,6 @@ SURE = 1.96
 PROMOTED = 4
 """Tokens named by the logit lens."""
 LENS_ELEMENTS = 2**25  # of logits [features, vocabulary] at a time: 128 MiB
-SCORE_ELEMENTS = 2**24  # of scores [documents, features] at a time
 
 
 def token_counts(passages: Passages) -> csr_array:
@@ -96,26 +92,6 @@ def fires_on(scan: Scan, held_nv: csr_array, limit: int, among_n: Bool[np.ndarra
     """`over_represented` tokens of every feature over some of the documents."""
     corpus_v = held_nv[np.flatnonzero(among_n)].sum(axis=0).astype(np.int64)
     return over_represented(peak_tokens(scan, among_n, len(corpus_v)), corpus_v, limit)
-
-
-def heldout_auroc(passages: Passages, held_nv: csr_array, named: Sequence[Sequence[int]]) -> Float64[np.ndarray, " f"]:
-    """How well tokens named from the explaining documents tell, on the others, where each feature is active.
-
-    NaN where the others have no active document, or only active ones, or explain the feature. 0.5 where no token is
-    named.
-    """
-    lengths = [len(tokens) for tokens in named]
-    shape = (len(named), held_nv.shape[1])
-    at = (np.repeat(np.arange(len(named)), lengths), np.array([t for tokens in named for t in tokens], np.int64))
-    named_vf = coo_array((np.ones(sum(lengths), np.int32), at), shape=shape).T.tocsc()
-    rest = np.flatnonzero(~passages.explaining_n)
-    holds_nv, peaks_nf = (held_nv[rest] > 0).astype(np.int32), passages.scan.peaks_nf[rest].tocsc()
-    step = max(1, SCORE_ELEMENTS // max(1, len(rest)))
-    parts = []
-    for first in range(0, len(named), step):
-        block = slice(first, first + step)
-        parts.append(auroc_of_counts((holds_nv @ named_vf[:, block]).toarray(), (peaks_nf[:, block] > 0).toarray()))
-    return np.where(passages.first_f[:-1] < passages.heldout_f, np.concatenate(parts), np.nan)
 
 
 def promotes(loaded: Loaded, sae: LoadedSae, limit: int = PROMOTED) -> Int[np.ndarray, "f k"]:

@@ -27,7 +27,7 @@ from transformers import PreTrainedTokenizerFast
 from fac_jax.backbone.weights import load_backbone, load_tokenizer
 from fac_jax.config import Config
 from fac_jax.features.ask import ask
-from fac_jax.features.embedded import decoded, heldout_auroc, named_tokens, promotes, token_counts, wording
+from fac_jax.features.embedded import decoded, named_tokens, promotes, token_counts, wording
 from fac_jax.features.generation_score import Generated, open_scorer, score_generated
 from fac_jax.features.question import label_schema, object_schema, question
 from fac_jax.features.rating import requests_each
@@ -45,7 +45,7 @@ EXPLANATIONS = pa.schema(
     {
         "feature": pa.int32(), "method": pa.string(), "model": pa.string(), "status": pa.string(),
         "explanation": pa.string(), "fires_on": pa.list_(pa.string()), "promotes": pa.list_(pa.string()),
-        "heldout_auroc": pa.float64(), "verified": pa.string(), "raw": pa.string(), "error": pa.string(),
+        "verified": pa.string(), "raw": pa.string(), "error": pa.string(),
         **{
             f"{test}_{figure}": pa.float64()
             for test in ("detection", "fuzzing")
@@ -106,7 +106,6 @@ def explain_embedded(
     passages = read_passages(scan)
     held_nv = token_counts(passages)
     fires = named_tokens(passages, held_nv, config.explain.tokens)
-    by_document = heldout_auroc(passages, held_nv, fires)
     promoted = promotes(loaded, sae)
     rows = []
     for feature in active_features(scan):
@@ -115,7 +114,6 @@ def explain_embedded(
         rows.append({
             "feature": feature, "method": "embedded", "status": "cannot tell" if text is None else "explained",
             "explanation": text, "fires_on": named[0], "promotes": named[1],
-            "heldout_auroc": None if np.isnan(by_document[feature]) else float(by_document[feature]),
         })  # fmt: skip
     explained = {feature: fires[feature] for feature in _explained(rows)}
     scores = score_embedded(passages, explained, np.asarray(sae.sae.w_fd[...]), config.explain, config.run.seed)
@@ -232,10 +230,8 @@ def _row(feature: int, text: str | None, answer: Answer, check: Answer | None, m
 def _summary(rows: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
     rows = list(rows)
     counts = Counter(row["status"] for row in rows)
-    scores = [row["heldout_auroc"] for row in rows if row.get("heldout_auroc") is not None]
     return {
         "method": rows[0]["method"] if rows else None,
         "features": len(rows),
         **{status.replace(" ", "_"): counts[status] for status in STATUSES},
-        "median_heldout_auroc": float(np.median(scores)) if scores else None,
     }

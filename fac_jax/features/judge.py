@@ -63,6 +63,7 @@ def judge(config: Config, out: Path, inputs: Mapping[str, Path]) -> dict[str, An
     summary = {
         "method": "embedded" if config.llm.url is None else "llm",
         "task": task.name,
+        "harmful": task.description.harmful,
         "features": len(rows),
         "judged": counts["judged"],
         "not_judged": counts["not judged"],

@@ -6,7 +6,7 @@ Reads and writes nothing. `peaks_nf` is sparse; what is not stored is 0 and ties
 from __future__ import annotations
 
 import numpy as np
-from jaxtyping import Bool, Float, Float64, Int
+from jaxtyping import Bool, Float, Float64
 from scipy.sparse import csc_array, csr_array
 from scipy.stats import hypergeom, norm
 
@@ -83,20 +83,3 @@ def benjamini_hochberg(p_m: Float[np.ndarray, " m"]) -> Float64[np.ndarray, " m"
     q_m = np.empty(len(p_m))
     q_m[order] = np.minimum(1, np.minimum.accumulate(scaled[::-1])[::-1])
     return q_m
-
-
-def auroc_of_counts(
-    score_nf: Int[np.ndarray, "n f"], positive_nf: Bool[np.ndarray, "n f"]
-) -> Float64[np.ndarray, " f"]:
-    """AUROC per column of small whole scores (0, 1, ...) against that column's own labels; NaN without both classes."""
-    positives_f = positive_nf.sum(axis=0)
-    negatives_f = len(score_nf) - positives_f
-    wins_f, below_f = np.zeros(score_nf.shape[1]), np.zeros(score_nf.shape[1])
-    for level in range(int(score_nf.max(initial=0)) + 1):
-        here_nf = score_nf == level
-        positive_here_f = (here_nf & positive_nf).sum(axis=0)
-        negative_here_f = here_nf.sum(axis=0) - positive_here_f
-        wins_f += positive_here_f * (below_f + negative_here_f / 2)
-        below_f += negative_here_f
-    with np.errstate(invalid="ignore"):
-        return np.where(positives_f * negatives_f > 0, wins_f / (positives_f * negatives_f), np.nan)

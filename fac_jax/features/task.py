@@ -70,6 +70,9 @@ class Description:
     """What a synthetic sample is."""
     metric: Literal["auprc", "preference accuracy", "robust accuracy", "win rate"]
     """What is measured downstream."""
+    harmful: bool = False
+    """Whether what the task looks for does harm. Reports then blur explanations, as they do passages, and the terminal
+    shows neither unless it is asked to."""
     sample: SampleShape | None = None
     """For user turns: how many and how long."""
 

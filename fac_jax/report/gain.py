@@ -33,7 +33,7 @@ def kept(view: RunView) -> Section:
     if not view.kept:
         return Section("kept", short, "Kept samples", join(tag("p", NOTHING_KEPT), _funnel(view.synthesis)))
     most = max(sample.peak for sample in view.kept)
-    entries = [_sample(sample, view.threshold, most) for sample in view.kept[:MOST]]
+    entries = [_sample(sample, view.threshold, most, view.harmful) for sample in view.kept[:MOST]]
     left = len(view.kept) - len(entries)
     body = join(
         tag("p", PROOF),
@@ -69,7 +69,7 @@ def _funnel(synthesis: Row) -> Html:
     return table([*texts("Step", "Rejected"), *columns], rows, caption)
 
 
-def _sample(sample: Kept, threshold: float, most: float) -> Html:
+def _sample(sample: Kept, threshold: float, most: float, harmful: bool) -> Html:
     side = facts(
         f"step {sample.step}",
         f"written for {sample.written_for}" if sample.written_for != sample.feature else None,
@@ -77,7 +77,8 @@ def _sample(sample: Kept, threshold: float, most: float) -> Html:
     )
     before, token, after = _marked(sample)
     words = tag("blockquote", span(before, token, after) if token else veil(before), class_="quote")
-    about = tag("p", tag("span", "the feature: ", class_="quiet"), sample.about) if sample.about else None
+    shown = veil(sample.about) if harmful else sample.about
+    about = tag("p", tag("span", "the feature: ", class_="quiet"), shown) if sample.about else None
     proof = tag("div", meter(sample.peak, threshold, most), about, class_="proof")
     return entry(f"For feature {sample.feature}", side, words, proof)
 

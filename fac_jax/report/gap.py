@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from fac_jax.report.blocks import Section, absent, entry, facts, more, numbers, span, table, texts
+from fac_jax.report.blocks import Section, absent, entry, facts, more, numbers, span, table, texts, veil
 from fac_jax.report.figures import Series, bar_figure
 from fac_jax.report.markup import Html, join, tag
-from fac_jax.report.products import Missing, Row, RunView
+from fac_jax.report.products import TESTS, Missing, Row, RunView
 from fac_jax.report.verdict import ARMS, percent
 
 OPEN = 20
@@ -28,8 +28,7 @@ LENGTH = (
 )
 READING = (
     "Highest anchor activation first. Below each explanation stand the anchor passages on which the feature is most "
-    "active, the activating token marked. Passages are blurred because many are harmful: click one, or press Space "
-    "on it."
+    "active, the activating token marked. What may be harmful is blurred: click it, or press Space on it."
 )
 
 
@@ -118,7 +117,7 @@ def missing(view: RunView) -> Section:
     if not view.missing:
         nothing = tag("p", "None: the seed set activates all that the anchor activates.")
         return Section("missing", short, title, nothing)
-    entries = [_entry(item, view.threshold) for item in view.missing[:MOST]]
+    entries = [_entry(item, view.threshold, view.harmful) for item in view.missing[:MOST]]
     left = len(view.missing) - len(entries)
     body = join(
         tag("p", READING),
@@ -128,27 +127,42 @@ def missing(view: RunView) -> Section:
     return Section("missing", short, title, body)
 
 
-def _entry(item: Missing, threshold: float) -> Html:
+def _entry(item: Missing, threshold: float, harmful: bool) -> Html:
     side = facts(
         f"anchor peak {item.anchor_peak:.2f}",
         f"{item.anchor_documents:,} anchor document{'' if item.anchor_documents == 1 else 's'}",
         _evidence(item.relevance),
+        *_scores(item.explanation),
         _reached(item.kept_peak, threshold),
     )
     passages = [
         tag("li", tag("span", f"{s.score:.2f}", class_="score"), tag("div", span(s.before, s.token, s.after)))
         for s in item.spans[:SPANS]
     ]
-    return entry(f"Feature {item.feature}", side, _said(item.explanation), tag("ul", passages, class_="spans"))
+    return entry(f"Feature {item.feature}", side, _said(item.explanation, harmful), tag("ul", passages, class_="spans"))
 
 
 def _evidence(relevance: Row) -> str | None:
     """Why a feature counts as relevant, in a few words."""
     if relevance.get("label"):
-        return f"judged {relevance['label']}"
+        passes = relevance.get("labels") or []
+        return f"judged {' and '.join(passes) if len(passes) > 1 else relevance['label']}"
     if relevance.get("q") is not None:
         return f"AUROC {relevance['auroc']:.2f}, q {relevance['q']:.2g}"
     return None
+
+
+def _scores(explanation: Row) -> list[str]:
+    """How well the explanation did on held-out documents."""
+    found = [
+        f"{test} AUROC {explanation[f'{test}_auroc']:.2f} ({explanation[f'{test}_low']:.2f} to "
+        f"{explanation[f'{test}_high']:.2f})"
+        for test in TESTS
+        if explanation.get(f"{test}_auroc") is not None
+    ]
+    if explanation.get("generation_score") is not None:
+        found.append(f"{percent(explanation['generation_score'])} of texts written from it activate it")
+    return found
 
 
 def _reached(peak: float | None, threshold: float) -> str | None:
@@ -157,17 +171,16 @@ def _reached(peak: float | None, threshold: float) -> str | None:
     return f"kept samples reach {peak:.2f}" if peak > threshold else "not reached by kept samples"
 
 
-def _said(explanation: Row) -> Html:
-    """The explanation: an LLM's sentence, or the embedded method's two lists of tokens."""
+def _said(explanation: Row, harmful: bool) -> Html:
+    """The explanation: an LLM's sentence, or the embedded method's two lists of tokens. Veiled for a harmful task."""
+    shown = veil if harmful else join
     if not explanation.get("explanation"):
         return tag("p", "No explanation was found.", class_="said quiet")
     if not explanation.get("fires_on"):
-        return tag("p", explanation["explanation"], class_="said")
-    parts = [tag("span", "Fires on ", class_="quiet"), _tokens(explanation["fires_on"])]
+        return tag("p", shown(explanation["explanation"]), class_="said")
+    parts = [tag("span", "Fires on ", class_="quiet"), shown(_tokens(explanation["fires_on"]))]
     if explanation.get("promotes"):
-        parts += [tag("span", " · promotes ", class_="quiet"), _tokens(explanation["promotes"])]
-    if explanation.get("heldout_auroc") is not None:
-        parts.append(tag("span", f" · held-out AUROC {explanation['heldout_auroc']:.2f}", class_="quiet small"))
+        parts += [tag("span", " · promotes ", class_="quiet"), shown(_tokens(explanation["promotes"]))]
     return tag("p", parts, class_="said")
 
 

@@ -2,7 +2,8 @@
 
 Reads the run directory; writes report/index.html. Everything that came from a corpus, a model or a config is escaped
 (`markup.py`), and a content security policy forbids scripts and loads besides, so that hostile text stays text.
-Passages and samples are blurred until asked for. Stages that have not run are named, with the command that runs them.
+Passages and samples are blurred until asked for, and so are
+explanations where the task is about harm. Stages that have not run are named, with the command that runs them.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from fac_jax.config import Config
 from fac_jax.report import apparatus, gain, gap
 from fac_jax.report.blocks import Section, render
 from fac_jax.report.costs import costs
+from fac_jax.report.explanations import explanations
 from fac_jax.report.markup import Html, tag
 from fac_jax.report.products import RunView, read_view
 from fac_jax.report.sweep import sweep
@@ -62,6 +64,7 @@ def _sections(view: RunView) -> list[Section]:
         gain.kept(view),
         gain.classifier(view),
         gain.selection(view),
+        explanations(view),
         apparatus.what_was_run(view),
         apparatus.training(view),
         *sweep(view),

@@ -34,6 +34,8 @@ STAGES = (
     "finetune",
 )
 """Stages with a folder of their own name; scans lie in scans/NAME."""
+TESTS = ("detection", "fuzzing")
+"""Tests of explanations."""
 
 
 @dataclass(frozen=True)
@@ -101,6 +103,8 @@ class RunView:
     """scan.json of each data set by name."""
     coverage: Row | None
     missing: Sequence[Missing]
+    aurocs: Mapping[str, Sequence[float]]
+    """Of each test of TESTS, the scores of the explanations that it was made for."""
     synthesis: Row | None
     """Summary of the stage: what was written, rejected, kept."""
     kept: Sequence[Kept]
@@ -114,6 +118,11 @@ class RunView:
     def task(self) -> str:
         """Name of the task."""
         return self.config.judge.task
+
+    @property
+    def harmful(self) -> bool:
+        """Whether the task is about harm, so that explanations are hidden as well; until it is known, it may be."""
+        return self.summary("relevance").get("harmful", True)
 
     @property
     def threshold(self) -> float:
@@ -149,6 +158,7 @@ def read_view(run_dir: Path, config: Config) -> RunView:
         scans={n.removeprefix("scan:"): _json(f / "scan.json") for n, f in done.items() if n.startswith("scan:")},
         coverage=_json(done["coverage"] / "coverage.json") if "coverage" in done else None,
         missing=_missing(done, config),
+        aurocs=_aurocs(done),
         synthesis=records["synthesis"].summary if "synthesis" in done else None,
         kept=_kept(done),
         evaluation=_json(done["evaluation"] / "coverage.json") if "evaluation" in done else None,
@@ -179,6 +189,14 @@ def _missing(done: Mapping[str, Path], config: Config) -> list[Missing]:
         )
         for row in rows
     ]
+
+
+def _aurocs(done: Mapping[str, Path]) -> dict[str, list[float]]:
+    if "explanations" not in done:
+        return {}
+    names = {test: f"{test}_auroc" for test in TESTS}
+    rows = _rows(done["explanations"] / "explanations.parquet", list(names.values()))
+    return {test: [row[name] for row in rows if row[name] is not None] for test, name in names.items()}
 
 
 def _kept(done: Mapping[str, Path]) -> list[Kept]:

@@ -1,7 +1,8 @@
-"""The report's twin for the terminal: the same findings and numbers, without passages or samples.
+"""The report's twin for the terminal: the same findings and numbers.
 
-Reads the run directory. Text that came from a corpus or a model is shown as plain text: rich markup and terminal
-escapes in it have no effect.
+Passages are shown only to who asks for them (`--show-unsafe`), and so are explanations where the task is about harm;
+samples stay in the report. Reads the run directory. Text that came from a corpus or a model is shown as plain text:
+rich markup and terminal escapes in it have no effect.
 """
 
 from __future__ import annotations
@@ -15,12 +16,15 @@ from rich.text import Text
 
 from fac_jax.config import load_config
 from fac_jax.report.costs import said
+from fac_jax.report.explanations import agreed, interval, suspects
 from fac_jax.report.markup import visible
-from fac_jax.report.products import Missing, RunView, read_view
+from fac_jax.report.products import TESTS, Missing, RunView, Span, read_view
 from fac_jax.report.verdict import ARMS, headline, percent, verdict
 
 SHOWN = 8
 """Missing features listed."""
+BEFORE, AFTER = 50, 20
+"""Characters of a passage before and after its activating token."""
 QUALITY = {"fvu": "FVU", "normalised_loss": "normalised loss", "l0": "L0", "dead_fraction": "dead"}
 """Held-out metrics of the autoencoder that are shown."""
 SPLICED = {
@@ -34,22 +38,21 @@ SPLICED = {
 """Losses with the autoencoder inside the language model that are shown."""
 
 
-def summary(run_dir: Path) -> RenderableType:
+def summary(run_dir: Path, unsafe: bool = False) -> RenderableType:
     """What `fac run` prints at its end. Raises UserError when `run_dir` holds no run."""
-    return render(read_view(run_dir, load_config(run_dir / "config.yaml")))
+    return render(read_view(run_dir, load_config(run_dir / "config.yaml")), unsafe)
 
 
-def render(view: RunView) -> RenderableType:
-    """Headline, findings, and a table for each of training, splice, coverage, missing features and classifier."""
-    sentences = [Padding(Text(f"• {sentence}"), (0, 0, 0, 2)) for sentence in verdict(view)]
-    tables = [
-        table
-        for table in (_training(view), _spliced(view), _coverage(view), _missing(view), _classifier(view))
-        if table
-    ]
-    if view.ledger:
-        sentences.append(Padding(Text(f"• {said(view)}"), (0, 0, 0, 2)))
-    spaced = [part for table in tables for part in (Text(), table)]
+def render(view: RunView, unsafe: bool = False) -> RenderableType:
+    """Headline, findings, and a table for each part that has run. `unsafe`: with text that may be harmful."""
+    relevance = view.summary("relevance")
+    findings = [*verdict(view), agreed(relevance), suspects(relevance), said(view) if view.ledger else None]
+    sentences = [Padding(Text(f"• {sentence}"), (0, 0, 0, 2)) for sentence in findings if sentence]
+    tables = (
+        _training(view), _spliced(view), _explanations(view), _coverage(view), _missing(view, unsafe),
+        _classifier(view),
+    )  # fmt: skip
+    spaced = [part for table in tables if table for part in (Text(), table)]
     return Group(Text(), Text(headline(view), style="bold"), *sentences, *spaced, Text())
 
 
@@ -84,6 +87,20 @@ def _spliced(view: RunView) -> Table | None:
     return table
 
 
+def _explanations(view: RunView) -> Table | None:
+    summary = view.summary("explanations")
+    if not any(summary.get(f"{test}_auroc") for test in TESTS):
+        return None
+    table = _table("Explanations on held-out documents, mean AUROC (95% interval)", "test", "explained", "shuffled")
+    for test in TESTS:
+        table.add_row(test, interval(summary.get(f"{test}_auroc")), interval(summary.get(f"control_{test}_auroc")))
+    if summary.get("generation"):
+        found = summary["generation"]
+        named = f"share of texts written from it with a peak above {found['threshold']:g}"
+        table.add_row(named, interval(found["generation_score"]), interval(found["generation_control"]))
+    return table
+
+
 def _coverage(view: RunView) -> Table | None:
     if view.evaluation is None:
         if view.coverage is None:
@@ -106,20 +123,28 @@ def _coverage(view: RunView) -> Table | None:
     return table
 
 
-def _missing(view: RunView) -> Table | None:
+def _missing(view: RunView, unsafe: bool) -> Table | None:
     if not view.missing:
         return None
-    table = _table(
-        f"Missing features ({min(SHOWN, len(view.missing))} of {len(view.missing):,})",
-        "explanation",
-        "feature",
-        "anchor peak",
-        "kept peak",
-    )
+    title = f"Missing features ({min(SHOWN, len(view.missing))} of {len(view.missing):,})"
+    hidden = view.harmful and not unsafe
+    if hidden:
+        title += "; what they are about may be harmful: the report blurs it, --show-unsafe shows it here"
+    table = _table(title, *(["feature"] if hidden else ["explanation", "feature"]), "anchor peak", "kept peak")
     for item in view.missing[:SHOWN]:
         kept = "–" if item.kept_peak is None else f"{item.kept_peak:.2f}"
-        table.add_row(_said(item), str(item.feature), f"{item.anchor_peak:.2f}", kept)
+        about = _said(item)
+        if unsafe and item.spans:
+            about.append_text(_passage(item.spans[0]))
+        table.add_row(*([] if hidden else [about]), str(item.feature), f"{item.anchor_peak:.2f}", kept)
     return table
+
+
+def _passage(best: Span) -> Text:
+    """The strongest anchor passage in a line of its own, its activating token marked."""
+    before, token, after = (" ".join(visible(part).split()) for part in (best.before, best.token, best.after))
+    line = Text(f"\n  …{before[-BEFORE:]} ", style="dim")
+    return line.append(token, style="not dim bold").append(f" {after[:AFTER]}…")
 
 
 def _said(item: Missing) -> Text:

@@ -23,7 +23,6 @@ from fac_jax.features import embedded
 from fac_jax.features import explain as module
 from fac_jax.features.embedded import (
     fires_on,
-    heldout_auroc,
     named_tokens,
     over_represented,
     promotes,
@@ -76,10 +75,6 @@ def test_named_tokens_and_their_score(make_scan: Make) -> None:
     tokens = named_tokens(passages, held_nv, 3)
     named = [[WORDS[t] for t in mine] for mine in tokens]
     assert set(named[ON_VILE]) == set(VILE) and set(named[ON_ANIMALS]) == set(ANIMALS)
-    scores = heldout_auroc(passages, held_nv, tokens)
-    assert scores[ON_VILE] == scores[ON_ANIMALS] == 1.0
-    assert np.isnan(scores[ON_EVERYTHING]), "active on all documents: nothing to tell apart"
-    assert np.isnan(scores[ON_ONE]) and np.isnan(scores[4]) and np.isnan(scores[5])
 
 
 def test_tokens_are_named_from_one_half(make_scan: Make) -> None:
@@ -103,21 +98,6 @@ def test_tokens_are_named_from_one_half(make_scan: Make) -> None:
     elsewhere = named_tokens(read_passages(rest), held_nv, 3)
     assert set(elsewhere[ON_VILE]) == {WORDS.index(word) for word in VILE}
     assert elsewhere[ON_VILE] == fires_on(scan, held_nv, 3, ~half_n)[ON_VILE]
-    assert np.isnan(heldout_auroc(read_passages(rest), held_nv, elsewhere)[ON_VILE]), (
-        "explained from what would test it"
-    )
-
-
-def test_score_is_not_measured_on_what_it_was_made_from(make_scan: Make) -> None:
-    """Labels shuffled among features: tokens named from one half predict nothing on the other."""
-    scan = make_scan(400)
-    generator = np.random.default_rng(1)
-    peaks = csr_array((generator.random((len(scan.ids_n), FEATURES)) < 0.3).astype(np.float32))
-    token_ids = generator.integers(2, len(WORDS), peaks.nnz).astype(np.int32)
-    positions = np.ones(peaks.nnz, np.int32)
-    noise = read_passages(dataclasses.replace(scan, peaks_nf=peaks, token_ids_m=token_ids, positions_m=positions))
-    held_nv = token_counts(noise)
-    assert np.abs(heldout_auroc(noise, held_nv, named_tokens(noise, held_nv, 3)) - 0.5).max() < 0.15
 
 
 def toy_model(mesh: Mesh, tokenizer: Any) -> tuple[Any, Any, np.ndarray]:
@@ -164,9 +144,8 @@ def test_the_stage_without_a_server(embedded_inputs: dict[str, Path], tmp_path: 
     summary = explain(Config(explain=ExplainConfig(tokens=2)), tmp_path, embedded_inputs)
     assert summary["method"] == "embedded" and summary["features"] == 4 and summary["failed"] == 0
     rows = {row["feature"]: row for row in pq.read_table(tmp_path / "explanations.parquet").to_pylist()}
-    assert set(rows[ON_VILE]["fires_on"]) == set(VILE) and rows[ON_VILE]["heldout_auroc"] == 1.0
+    assert set(rows[ON_VILE]["fires_on"]) == set(VILE)
     assert rows[ON_VILE]["explanation"].startswith("fires on: ") and "; promotes: " in rows[ON_VILE]["explanation"]
-    assert rows[ON_EVERYTHING]["heldout_auroc"] is None
     for feature in (ON_VILE, ON_ANIMALS):
         assert rows[feature]["detection_auroc"] == rows[feature]["fuzzing_auroc"] == 1
         assert rows[feature]["detection_low"] == rows[feature]["detection_high"] == 1
@@ -230,7 +209,7 @@ def test_the_stage_with_a_server(
     counts = {name: summary[name] for name in ("method", "features", "explained", "cannot_tell", "failed")}
     assert counts == {"method": "llm", "features": 4, "explained": 2, "cannot_tell": 1, "failed": 1}
     assert summary["left_out"] == 0
-    assert summary["median_heldout_auroc"] is None and summary["rating_replies_unreadable"] == 0
+    assert summary["rating_replies_unreadable"] == 0
     rows = {row["feature"]: row for row in pq.read_table(tmp_path / "explanations.parquet").to_pylist()}
     assert rows[ON_VILE]["explanation"] == "vile words" and rows[ON_VILE]["verified"] == "Yes"
     assert rows[ON_ANIMALS]["status"] == "explained" and rows[ON_ANIMALS]["verified"] is None

@@ -11,7 +11,7 @@ from scipy.sparse import csr_array
 from scipy.stats import false_discovery_control, fisher_exact, mannwhitneyu
 from sklearn.metrics import roc_auc_score
 
-from fac_jax.features.statistics import active_excess, association, auroc_of_counts, benjamini_hochberg, mann_whitney
+from fac_jax.features.statistics import active_excess, association, benjamini_hochberg, mann_whitney
 
 FEATURES = 4
 
@@ -91,15 +91,3 @@ def test_benjamini_hochberg_is_scipys(p: np.ndarray) -> None:
 
 def test_benjamini_hochberg_of_nothing() -> None:
     assert benjamini_hochberg(np.zeros(0)).shape == (0,)
-
-
-@settings(max_examples=40, deadline=None)
-@given(st.integers(1, 20), st.data())
-def test_auroc_of_counts_is_sklearns(n: int, data: st.DataObject) -> None:
-    scores = data.draw(arrays(np.int64, (n, 3), elements=st.integers(0, 3)))
-    positive = data.draw(arrays(bool, (n, 3)))
-    for f, found in enumerate(auroc_of_counts(scores, positive)):
-        if positive[:, f].all() or not positive[:, f].any():
-            assert np.isnan(found)
-        else:
-            assert found == pytest.approx(roc_auc_score(positive[:, f], scores[:, f]))

@@ -42,6 +42,7 @@ def test_shipped_tasks_load(name: str) -> None:
     assert set(task.prompts) == {"explain", "verify", "judge", "contrast", "cover"}
     assert task.rubric in task.prompt("judge") and task.description.positive in task.prompt("judge")
     assert len(task.rubric.split("\n- ")) > 5
+    assert task.description.harmful == (name == "toxicity")
 
 
 def test_tasks_differ_where_they_should() -> None:

@@ -106,6 +106,13 @@ def write_run(folder: Path, payload: str = "", features: int = 23, upto: str = "
     return config
 
 
+def _over(features: int, mean: float) -> dict[str, float]:
+    """A figure over features, as `features/auroc.py` writes it."""
+    figures = {f"{name}{end}": mean + off for name in ("mean", "median") for end, off in ENDS.items()}
+    return {"features": features, **figures}
+
+
+ENDS = {"": 0.0, "_low": -0.004, "_high": 0.004}
 SUMMARIES: dict[str, dict[str, Any]] = {
     "activations": {
         "rows": 203_411,
@@ -121,8 +128,36 @@ SUMMARIES: dict[str, dict[str, Any]] = {
         "seconds": 153.0,
         "bytes": 241_881_320,
     },
-    "explanations": {"method": "embedded", "features": 2114, "explained": 1731, "median_heldout_auroc": 0.71},
-    "relevance": {"method": "embedded", "task": "toxicity", "features": 2114, "judged": 1402, "relevant": 71},
+    "explanations": {
+        "method": "embedded",
+        "features": 2114,
+        "explained": 1731,
+        "cannot_tell": 383,
+        "failed": 0,
+        "left_out": 0,
+        "detection_auroc": _over(1700, 0.689),
+        "fuzzing_auroc": _over(1700, 0.718),
+        "control_detection_auroc": _over(1700, 0.499),
+        "control_fuzzing_auroc": _over(1700, 0.501),
+        "generation": {
+            "writer": "SmolLM2",
+            "texts": 80,
+            "unusable": 3,
+            "threshold": 1.0,
+            "generation_score": _over(20, 0.312),
+            "generation_any": _over(20, 0.45),
+            "generation_control": _over(20, 0.021),
+            "generation_control_any": _over(20, 0.052),
+        },
+    },
+    "relevance": {
+        "method": "embedded",
+        "task": "toxicity",
+        "harmful": True,
+        "features": 2114,
+        "judged": 1402,
+        "relevant": 71,
+    },
     "synthesis": {
         "generator": "SmolLM2",
         "missing": 23,
@@ -329,7 +364,13 @@ def _explanations(folder: Path, payload: str, features: int) -> None:
                 "explanation": f"fires on: {fires}" if explained else None,
                 "fires_on": fires if explained else [],
                 "promotes": promoted,
-                "heldout_auroc": 0.62 + 0.01 * place,
+                "detection_auroc": 0.52 + 0.02 * place if explained else None,
+                "detection_low": 0.41 + 0.02 * place if explained else None,
+                "detection_high": 0.58 + 0.02 * place if explained else None,
+                "fuzzing_auroc": 0.6 if explained else None,
+                "fuzzing_low": 0.5 if explained else None,
+                "fuzzing_high": 0.7 if explained else None,
+                "generation_score": 0.25 if place == 0 else None,
             }
         )
     _table(folder / "explanations.parquet", rows, EXPLANATIONS)

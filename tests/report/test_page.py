@@ -77,7 +77,6 @@ def test_the_policy_allows_this_style_and_nothing_else(view: RunView) -> None:
 
 
 def test_every_passage_and_sample_is_veiled(tmp_path: Path) -> None:
-    """Explanations name tokens and prompts in plain sight; whole passages never stand there."""
     write_run(tmp_path / "run")
     view = read_view(tmp_path / "run", load_config(tmp_path / "run/config.yaml"))
     passages = {part for item in view.missing for s in item.spans for part in (s.before, s.after)}
@@ -90,6 +89,36 @@ def test_every_passage_and_sample_is_veiled(tmp_path: Path) -> None:
             shown += 1
             assert ("label", "veil") in around
     assert shown > 2 * len(view.missing)
+
+
+def test_explanations_are_veiled_where_the_task_is_about_harm(view: RunView) -> None:
+    tokens = {token for item in view.missing for token in (item.explanation["fires_on"] or [])} - {"they"}
+    record = view.records["relevance"]
+    harmless = dataclasses.replace(record, summary={**record.summary, "harmful": False})
+    for seen, veiled in (
+        (view, True),
+        (dataclasses.replace(view, records={**view.records, record.stage: harmless}), False),
+    ):
+        named = [around for words, around in Reader(page(seen)).words if words in tokens and ("code", "") in around]
+        assert len(named) > len(view.missing)
+        assert all((("label", "veil") in around) == veiled for around in named)
+
+
+def test_scores_of_explanations(view: RunView) -> None:
+    words = Reader(page(view)).text()
+    for expected in (
+        "1,731 of 2,114 features that the anchor activates are explained; 383 without a pattern.",
+        "0.689 (0.685 to 0.693)",
+        "0.499 (0.495 to 0.503)",
+        "Rated by simulation",
+        "Features by AUROC",
+        "80 texts for 20 features, written by SmolLM2 from the explanation alone (3 were no text)",
+        "0.312 (0.308 to 0.316)",
+        "detection AUROC 0.52 (0.41 to 0.58)",
+        "25.0% of texts written from it activate it",
+    ):
+        assert expected in words, expected
+    assert "The judge and itself" not in words and "Passages that give orders" not in words, "no model judged"
 
 
 def test_every_veil_can_be_lifted_from_the_keyboard(view: RunView) -> None:
