@@ -22,6 +22,9 @@ from fac_jax.text import resolve
 
 PATIENCE_S = 30.0
 """Seconds for a server to answer; one that loads its model first may take longer, and is not ready then."""
+NO_SERVER = (
+    "llm.url is not set: the embedded methods explain, judge and write; `fac sidecar start CONFIG` runs a server here"
+)
 LEAST_FREE_BYTES = 2**30  # the quickstart's run directory takes about half of it
 
 
@@ -38,7 +41,7 @@ def checks(config: Config) -> Iterator[tuple[str, bool, str]]:
     if config.llm.url:
         yield from _check("llm", partial(_server, config))
     else:
-        yield "llm", True, "llm.url is not set: the embedded methods explain, judge and write"
+        yield "llm", True, NO_SERVER
 
 
 def _check(name: str, find: Callable[[], str]) -> Iterator[tuple[str, bool, str]]:

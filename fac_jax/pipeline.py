@@ -23,7 +23,7 @@ from fac_jax.coverage.select import select
 from fac_jax.downstream.finetune import finetune
 from fac_jax.features.explain import explain, generation_features
 from fac_jax.features.judge import judge
-from fac_jax.features.shared_prompts import shared_digest
+from fac_jax.features.scores.prompts import shared_digest
 from fac_jax.features.task import load_task
 from fac_jax.plain import digest
 from fac_jax.report.page import report

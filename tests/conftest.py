@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 import tempfile
 
@@ -16,6 +17,7 @@ from fac_jax.config import MeshConfig
 from fac_jax.mesh import make_mesh
 
 CACHE = tempfile.TemporaryDirectory(prefix="fac-jax-tests-")  # nobody's answers are read, and none of the tests' kept
+atexit.register(CACHE.cleanup)
 os.environ["FAC_JAX_CACHE"] = CACHE.name
 
 

@@ -3,7 +3,7 @@
 - *Fires on*: tokens that hold a feature's peaks more often than the corpus holds them, by log-odds with an informative
   Dirichlet prior (Monroe, Colaresi, Quinn 2008, "Fightin' Words", equations 16 and 22).
 - *Promotes*: tokens whose logits the feature's decoder direction raises most, through final norm and unembedding.
-The first list is made from half of the documents; `scoring.py` tests it on the other half.
+The first list is made from half of the documents; `scores/` test it on the other half.
 
 Reads nothing and writes nothing; `explain.py` does.
 """

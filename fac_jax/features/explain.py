@@ -8,8 +8,8 @@ status: `explained`; `cannot tell` (no token stands out, or the model says so: a
 `failed` (the reply could not be read; it is kept, and the feature stays without explanation); `left out` (by
 `explain.features`: nobody was asked).
 
-Scores are empty for features that have no explanation or next to no held-out documents (`heldout.py`), and for those
-that the settings leave out.
+Scores are empty for features that have no explanation or next to no held-out documents (`scores/heldout.py`), and for
+those that the settings leave out.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ from fac_jax.backbone.weights import load_backbone, load_tokenizer
 from fac_jax.config import Config
 from fac_jax.features.ask import ask
 from fac_jax.features.embedded import decoded, named_tokens, promotes, token_counts, wording
-from fac_jax.features.generation_score import Generated, open_scorer, score_generated
-from fac_jax.features.question import label_schema, object_schema, question
-from fac_jax.features.rating import requests_each
-from fac_jax.features.scoring import KINDS, Scores, drawn, score_embedded, score_with
+from fac_jax.features.scores.generation import Generated, open_scorer, score_generated
+from fac_jax.features.scores.rating import requests_each
+from fac_jax.features.scores.score import KINDS, Scores, drawn, score_embedded, score_with
 from fac_jax.features.spans import Passages, explaining_spans, read_passages
 from fac_jax.features.task import Task, load_task
 from fac_jax.llm.client import Generator, open_generator
+from fac_jax.llm.question import label_schema, object_schema, question
 from fac_jax.llm.structured import Answer
 from fac_jax.mesh import make_mesh
 from fac_jax.runs import writing

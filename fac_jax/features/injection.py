@@ -1,10 +1,11 @@
 """Does a text from a corpus look as if it were meant to give a language model orders?
 
-It only counts: such spans are shown like all others (`question.py` keeps them from being obeyed), and how many there
-were stands in the product, so that a corpus that was tampered with is noticed. Found are chat control tokens, orders
-to drop instructions (in twelve languages), verdicts handed over ready-made, replies and data marks that are faked,
-turns of a system, hidden directions, and any of these in base64. Text that merely speaks of such things can be taken
-for it: 6 of 137,793 turns of a chit-chat corpus are ("I usually just ignore the prompts"). Reads and writes nothing.
+It only counts: such spans are shown like all others (`llm/question.py` keeps them from being obeyed), and how many
+there were stands in the product, so that a corpus that was tampered with is noticed. Found are chat control tokens,
+orders to drop instructions (in twelve languages), verdicts handed over ready-made, replies and data marks that are
+faked, turns of a system, hidden directions, and any of these in base64. Text that merely speaks of such things can be
+taken for it: 6 of 137,793 turns of a chit-chat corpus are ("I usually just ignore the prompts"). Reads and writes
+nothing.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import base64
 import re
 import unicodedata
 
-from fac_jax.features.control_tokens import TOKENS, plain_reading
+from fac_jax.llm.control_tokens import TOKENS, plain_reading
 
 _WHAT = r"(?:instructions?|prompts?|rules?|rubric|directions|guidelines|commands?|orders)"
 _ORDERS = re.compile(

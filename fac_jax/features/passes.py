@@ -9,8 +9,8 @@ verdict on a feature is
 - `not judged`: no explanation, or one that its own check refused. Mismatched explanations hurt more than wrong labels
   (paper: AUPRC 58.85 against 59.69).
 
-Spans may be written to sway the judge: `question.py` keeps them data, `injection.py` counts those that look like it.
-Reads the scan's spans; `ask.py` writes the log of replies.
+Spans may be written to sway the judge: `llm/question.py` keeps them data, `injection.py` counts those that look like
+it. Reads the scan's spans; `ask.py` writes the log of replies.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ from fac_jax.features.agreement import agreement
 from fac_jax.features.ask import ask
 from fac_jax.features.explain import top_spans
 from fac_jax.features.injection import sign_of_injection
-from fac_jax.features.question import label_schema, question
 from fac_jax.features.task import Task
 from fac_jax.llm.client import Generator
+from fac_jax.llm.question import label_schema, question
 from fac_jax.llm.structured import Answer
 from fac_jax.scan.scan import Scan
 

@@ -1,7 +1,7 @@
 """Where a feature fires in the scanned documents, which of these places explain it, and the text around a place.
 
 Documents are split in two by a hash of their content: explanations are made from one half and scored on the other
-(`heldout.py`), so none is scored on text that it was made from. A scan keeps one peak for each feature and document, so
+(`scores/`), so none is scored on text that it was made from. A scan keeps one peak for each feature and document, so
 a feature's spans are cut from as many documents, around its peak in each.
 
 Explaining from the strongest spans alone describes the strongest ones alone: a feature that peaks on " killer" may fire

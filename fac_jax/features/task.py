@@ -4,7 +4,7 @@ task.yaml says what a positive label means, which answers a judge may give and w
 names a folder in `tasks/` or gives the path of one's own. Prompts that say the same for every task (explain, verify,
 judge) come from `tasks/shared/` where the folder has none of its own; what a sample is, is the task's to say. In all of
 them {{title}}, {{positive}} and {{rubric}} are filled in. Text from a corpus is never put into a prompt: it travels as
-JSON in the user's turn (`question.py`).
+JSON in the user's turn (`llm/question.py`).
 """
 
 from __future__ import annotations

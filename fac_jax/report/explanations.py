@@ -1,8 +1,8 @@
 """How far explanations and verdicts can be trusted: scores on held-out documents beside their controls, a judge's
 agreement with itself, and spans that look as if they were written to sway a model.
 
-`features/scoring.py`, `features/generation_score.py`, `features/agreement.py` and `features/injection.py` say what each
-figure means; nothing is shown for what a run did not measure.
+`features/scores/`, `features/agreement.py` and `features/injection.py` say what each figure means; nothing is shown
+for what a run did not measure.
 """
 
 from __future__ import annotations

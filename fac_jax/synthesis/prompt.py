@@ -17,10 +17,10 @@ from dataclasses import dataclass
 from string import Template
 
 from fac_jax.errors import UserError
-from fac_jax.features.control_tokens import without_control_tokens
-from fac_jax.features.question import one_line_json
 from fac_jax.features.task import Task
 from fac_jax.llm.client import Message
+from fac_jax.llm.control_tokens import without_control_tokens
+from fac_jax.llm.question import one_line_json
 
 SECTIONS = ("system", "example", "ask")
 BARE_WORDS, BARE_LETTERS = 4, 24

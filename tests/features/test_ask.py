@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from fac_jax.features.ask import ask, read_answer
-from fac_jax.features.question import label_schema, question
 from fac_jax.llm.client import Request
 from fac_jax.llm.fake import FakeGenerator
+from fac_jax.llm.question import label_schema, question
 
 SCHEMA = label_schema(["Yes", "Probably", "Maybe", "No"])
 GOOD = '{"label": "Maybe", "reason": "could\u2028be"}'

@@ -30,7 +30,7 @@ from fac_jax.features.embedded import (
     wording,
 )
 from fac_jax.features.explain import explain, later_requests
-from fac_jax.features.scoring import SCORED_SPANS
+from fac_jax.features.scores.score import SCORED_SPANS
 from fac_jax.features.spans import explaining_half, read_passages
 from fac_jax.llm.client import Request
 from fac_jax.llm.fake import FakeGenerator

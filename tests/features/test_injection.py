@@ -11,13 +11,13 @@ import pytest
 
 from fac_jax.config import Config
 from fac_jax.features import passes
-from fac_jax.features import question as question_module
 from fac_jax.features.injection import sign_of_injection
 from fac_jax.features.passes import judge_with
-from fac_jax.features.question import MAX_TOKENS, question
 from fac_jax.features.task import load_task
+from fac_jax.llm import question as question_module
 from fac_jax.llm.client import Request
 from fac_jax.llm.fake import FakeGenerator
+from fac_jax.llm.question import MAX_TOKENS, question
 from fac_jax.scan.scan import Scan
 from tests.features.gullible import gullible, injections, ordered
 

@@ -15,9 +15,9 @@ from fac_jax.config import Config, JudgeConfig, LlmConfig
 from fac_jax.errors import UserError
 from fac_jax.features import judge as module
 from fac_jax.features.judge import judge, relevant_features
-from fac_jax.features.question import data_shown
 from fac_jax.llm.client import Request
 from fac_jax.llm.fake import FakeGenerator
+from fac_jax.llm.question import data_shown
 from fac_jax.scan.scan import Scan
 
 Make = Callable[..., Scan]

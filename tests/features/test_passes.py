@@ -15,10 +15,10 @@ from fac_jax.config import Config, ExplainConfig, JudgeConfig, RunConfig
 from fac_jax.errors import UserError
 from fac_jax.features import passes as module
 from fac_jax.features.passes import judge_with, orders
-from fac_jax.features.question import data_shown
 from fac_jax.features.task import load_task
 from fac_jax.llm.client import Request
 from fac_jax.llm.fake import FakeGenerator
+from fac_jax.llm.question import data_shown
 from fac_jax.scan.scan import Scan
 
 Make = Callable[..., Scan]

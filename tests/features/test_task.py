@@ -18,10 +18,10 @@ from fac_jax.features import judge as judge_module
 from fac_jax.features.ask import ask
 from fac_jax.features.explain import EXPLAIN
 from fac_jax.features.judge import judge
-from fac_jax.features.question import question
 from fac_jax.features.task import FOLDER, SHARED, SampleShape, Task, load_task, task_names
 from fac_jax.llm.client import Request
 from fac_jax.llm.fake import FakeGenerator
+from fac_jax.llm.question import question
 from fac_jax.scan.scan import Scan
 
 README = FOLDER / "README.md"

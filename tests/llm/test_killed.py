@@ -14,8 +14,8 @@ from typing import Any
 
 import pytest
 
-from fac_jax.features.question import data_shown
 from fac_jax.llm.fake import BROKEN, GARBAGE, TRUNCATED, Answer, FakeServer, rate_limited
+from fac_jax.llm.question import data_shown
 
 COUNT, KILLS = 500, 20
 KEY = "sk-planted-4711-do-not-show"
@@ -24,7 +24,7 @@ import json, sys
 from pathlib import Path
 from fac_jax.config import LlmConfig
 from fac_jax.features.ask import ask
-from fac_jax.features.question import label_schema, question
+from fac_jax.llm.question import label_schema, question
 from fac_jax.llm.cache import open_cache
 from fac_jax.llm.http import HttpGenerator
 from fac_jax.llm.ledger import Ledger

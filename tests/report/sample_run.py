@@ -107,7 +107,7 @@ def write_run(folder: Path, payload: str = "", features: int = 23, upto: str = "
 
 
 def _over(features: int, mean: float) -> dict[str, float]:
-    """A figure over features, as `features/auroc.py` writes it."""
+    """A figure over features, as `features/scores/auroc.py` writes it."""
     figures = {f"{name}{end}": mean + off for name in ("mean", "median") for end, off in ENDS.items()}
     return {"features": features, **figures}
 

@@ -7,8 +7,8 @@ import re
 import pytest
 
 from fac_jax.errors import UserError
-from fac_jax.features.control_tokens import without_control_tokens
 from fac_jax.features.task import load_task, task_names
+from fac_jax.llm.control_tokens import without_control_tokens
 from fac_jax.synthesis.prompt import Example, Prompt, load_prompt, messages, named
 from tests.features.gullible import CONTROL, injections
 

@@ -23,10 +23,10 @@ from scipy.sparse import csr_array
 
 from fac_jax.config import Config
 from fac_jax.features.ask import ask
-from fac_jax.features.auroc import over_features
-from fac_jax.features.question import question
-from fac_jax.features.shared_prompts import shared_prompt
+from fac_jax.features.scores.auroc import over_features
+from fac_jax.features.scores.prompts import shared_prompt
 from fac_jax.llm.client import Generator, Request
+from fac_jax.llm.question import question
 from fac_jax.packing import encode
 from fac_jax.scan.scan import Scan, load_scan, load_scorer, peaks_of
 from fac_jax.text import Turn, make_document

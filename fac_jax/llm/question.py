@@ -22,8 +22,8 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from fac_jax.features.control_tokens import without_control_tokens
 from fac_jax.llm.client import Request
+from fac_jax.llm.control_tokens import without_control_tokens
 
 MAX_TOKENS = 300
 """Of a reply: one short JSON object."""

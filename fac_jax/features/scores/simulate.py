@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from jaxtyping import Float64
 
-from fac_jax.features.heldout import Kind, Trials
+from fac_jax.features.scores.heldout import Kind, Trials
 from fac_jax.features.spans import Passages
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from sklearn.metrics import roc_auc_score
 
-from fac_jax.features.heldout import (
+from fac_jax.features.scores.heldout import (
     FEWEST,
     HARD,
     HARD_SHARE,

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float, Float64
 
-from fac_jax.features.heldout import Trials
+from fac_jax.features.scores.heldout import Trials
 
 DRAWS = 1_000
 """Bootstrap samples."""

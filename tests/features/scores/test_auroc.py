@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from sklearn.metrics import roc_auc_score
 
-from fac_jax.features.auroc import DRAWS, LEVELS, feature_aurocs, over_features, wins
-from fac_jax.features.heldout import RANDOM, RIGHT, Trials
+from fac_jax.features.scores.auroc import DRAWS, LEVELS, feature_aurocs, over_features, wins
+from fac_jax.features.scores.heldout import RANDOM, RIGHT, Trials
 
 
 def trials(*shapes: tuple[int, int]) -> Trials:

@@ -20,10 +20,10 @@ import pyarrow as pa
 from transformers import PreTrainedTokenizerFast
 
 from fac_jax.config import ExplainConfig
-from fac_jax.features.auroc import Estimate, feature_aurocs, over_features
-from fac_jax.features.heldout import ORIGINS, Kind, Trials, choose_trials
-from fac_jax.features.rating import Exam, Rated, rate
-from fac_jax.features.simulate import simulated
+from fac_jax.features.scores.auroc import Estimate, feature_aurocs, over_features
+from fac_jax.features.scores.heldout import ORIGINS, Kind, Trials, choose_trials
+from fac_jax.features.scores.rating import Exam, Rated, rate
+from fac_jax.features.scores.simulate import simulated
 from fac_jax.features.spans import Passages
 from fac_jax.llm.client import Generator
 

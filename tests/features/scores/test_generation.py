@@ -14,8 +14,8 @@ from scipy.sparse import csr_array
 
 from fac_jax.config import Config, DataSet, Source
 from fac_jax.errors import UserError
-from fac_jax.features import generation_score as module
-from fac_jax.features.generation_score import open_scorer, score_generated
+from fac_jax.features.scores import generation as module
+from fac_jax.features.scores.generation import open_scorer, score_generated
 from fac_jax.llm.client import Reply, Request
 from fac_jax.llm.fake import FakeGenerator
 from fac_jax.packing import EncodedDocument

@@ -10,8 +10,8 @@ from typing import Any
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fac_jax.features import question as module
-from fac_jax.features.question import data_shown, label_schema, object_schema, one_line_json, question
+from fac_jax.llm import question as module
+from fac_jax.llm.question import data_shown, label_schema, object_schema, one_line_json, question
 
 TEXT = st.text(st.characters(exclude_characters="<[＜［"))  # test_control_tokens.py has what begins a control token
 DATA = st.dictionaries(st.sampled_from(["explanation", "spans", "1"]), TEXT | st.lists(TEXT) | st.floats(0, 9))

@@ -17,11 +17,11 @@ from jaxtyping import Float64, Int64
 from transformers import PreTrainedTokenizerFast
 
 from fac_jax.features.ask import ask
-from fac_jax.features.heldout import Kind, Trials
-from fac_jax.features.question import object_schema, question
-from fac_jax.features.shared_prompts import shared_prompt
+from fac_jax.features.scores.heldout import Kind, Trials
+from fac_jax.features.scores.prompts import shared_prompt
 from fac_jax.features.spans import Passages
 from fac_jax.llm.client import Generator, Request
+from fac_jax.llm.question import object_schema, question
 from fac_jax.scan.spans import decode
 
 LABELS = ("No", "Maybe", "Probably", "Yes")

@@ -6,16 +6,16 @@ What they ask does not depend on what the features are for, so no task has its o
 from __future__ import annotations
 
 import hashlib
-from pathlib import Path
 
-FOLDER = Path(__file__).parent / "tasks" / "shared"
+from fac_jax.features.task import SHARED
+
 NAMES = ("detect", "fuzz", "write_example")
 """The prompts there are."""
 
 
 def shared_prompt(name: str) -> str:
     """The prompt in NAME.txt, as it is sent."""
-    return (FOLDER / f"{name}.txt").read_text(encoding="utf-8").strip()
+    return (SHARED / f"{name}.txt").read_text(encoding="utf-8").strip()
 
 
 def shared_digest() -> str:

@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 
 from fac_jax.config import ExplainConfig
-from fac_jax.features.heldout import choose_trials
-from fac_jax.features.scoring import Scores, drawn, partners, score_embedded, score_with
-from fac_jax.features.simulate import simulated
+from fac_jax.features.scores.heldout import choose_trials
+from fac_jax.features.scores.score import Scores, drawn, partners, score_embedded, score_with
+from fac_jax.features.scores.simulate import simulated
 from fac_jax.features.spans import Passages
 from fac_jax.llm.client import Request
 from fac_jax.llm.fake import FakeGenerator

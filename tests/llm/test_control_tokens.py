@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fac_jax.features.control_tokens import plain_reading, without_control_tokens
+from fac_jax.llm.control_tokens import plain_reading, without_control_tokens
 
 # As the models' own tokenizers spell them.
 CONTROL = [
