@@ -7,6 +7,7 @@ rich markup and terminal escapes in it have no effect.
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from rich.console import Group, RenderableType
@@ -56,88 +57,87 @@ def render(view: RunView, unsafe: bool = False) -> RenderableType:
     return Group(Text(), Text(headline(view), style="bold"), *sentences, *spaced, Text())
 
 
-def _table(title: str, *columns: str) -> Table:
+def _table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str | Text]]) -> Group:
     """A table without frame; the first column is text, the others numbers."""
-    table = Table(
-        title=Text(title, style="bold"), title_justify="left", box=None, padding=(0, 2, 0, 0), header_style="dim"
-    )
+    table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
     for place, name in enumerate(columns):
         table.add_column(name, justify="left" if place == 0 else "right")
-    return table
+    for row in rows:
+        table.add_row(*row)
+    return Group(Text(title, style="bold"), table)  # a title of the table's own would be broken to its width
 
 
-def _training(view: RunView) -> Table | None:
+def _training(view: RunView) -> Group | None:
     if view.sae is None:
         return None
-    metrics = {name: view.sae["metrics"][key] for key, name in QUALITY.items()}
-    table = _table("Autoencoder, on held-out rows", "features", "K", *metrics)
-    table.add_row(
-        f"{view.sae['features']:,}", str(view.sae["k"] or "threshold"), *(f"{value:.3g}" for value in metrics.values())
-    )
-    return table
+    metrics = {name: f"{view.sae['metrics'][key]:.3g}" for key, name in QUALITY.items()}
+    row = [f"{view.sae['features']:,}", str(view.sae["k"] or "threshold"), *metrics.values()]
+    return _table("Autoencoder, on held-out rows", ["features", "K", *metrics], [row])
 
 
-def _spliced(view: RunView) -> Table | None:
+def _spliced(view: RunView) -> Group | None:
     if view.splice is None:
         return None
     shown = {name: "–" if view.splice[key] is None else f"{view.splice[key]:.3f}" for key, name in SPLICED.items()}
     title = f"Language model's cross entropy with the autoencoder, {view.splice['tokens']:,} held-out predictions"
-    table = _table(title, "documents", *shown)
-    table.add_row(f"{view.splice['documents']:,}", *shown.values())
-    return table
+    return _table(title, ["documents", *shown], [[f"{view.splice['documents']:,}", *shown.values()]])
 
 
-def _explanations(view: RunView) -> Table | None:
+def _explanations(view: RunView) -> Group | None:
     summary = view.summary("explanations")
     if not any(summary.get(f"{test}_auroc") for test in TESTS):
         return None
-    table = _table("Explanations on held-out documents, mean AUROC (95% interval)", "test", "explained", "shuffled")
-    for test in TESTS:
-        table.add_row(test, interval(summary.get(f"{test}_auroc")), interval(summary.get(f"control_{test}_auroc")))
+    pairs = {f"{test}, mean AUROC": (f"{test}_auroc", f"control_{test}_auroc") for test in TESTS}
+    rows = [[name, *(interval(summary.get(key)) for key in keys)] for name, keys in pairs.items()]
     if summary.get("generation"):
         found = summary["generation"]
-        named = f"share of texts written from it with a peak above {found['threshold']:g}"
-        table.add_row(named, interval(found["generation_score"]), interval(found["generation_control"]))
-    return table
+        name = f"texts written from it with a peak above {found['threshold']:g}"
+        rows.append([name, interval(found["generation_score"]), interval(found["generation_control"])])
+    title = "Explanations, tested on documents that they were not made from (95% intervals)"
+    return _table(title, ["test", "its own explanation", "another's"], rows)
 
 
-def _coverage(view: RunView) -> Table | None:
+def _coverage(view: RunView) -> Group | None:
+    if view.coverage is None:
+        return None
     if view.evaluation is None:
-        if view.coverage is None:
-            return None
-        table = _table("Coverage of the seed set", "threshold", "anchor", "missing", "FAC")
-        for row in view.coverage["sweep"]:
-            table.add_row(
-                f"{row['threshold']:g}",
-                f"{row['anchor_features']:,}",
-                f"{row['missing_features']:,}",
-                percent(row["fac"]),
-            )
-        return table
-    table = _table(f"Coverage at threshold {view.threshold:g}", "set", "documents", "FAC", "missing features hit")
-    for arm in ARMS[:3]:
-        found = view.after(arm)
-        if found:
-            hit = "–" if arm == "seed" else percent(found["target_hit_rate"])
-            table.add_row(arm, f"{found['documents']:,}", percent(found["fac"]), hit)
-    return table
+        keys = ("anchor_features", "missing_features")
+        rows = [
+            [f"{row['threshold']:g}", *(f"{row[key]:,}" for key in keys), percent(row["fac"])]
+            for row in view.coverage["sweep"]
+        ]
+        return _table("Coverage of the seed set", ["threshold", "anchor", "missing", "FAC"], rows)
+    rows = [
+        [
+            arm,
+            f"{found['documents']:,}",
+            percent(found["fac"]),
+            "–" if arm == "seed" else percent(found["target_hit_rate"]),
+        ]
+        for arm in ARMS[:3]
+        if (found := view.after(arm))
+    ]
+    return _table(
+        f"Coverage at threshold {view.threshold:g}", ["set", "documents", "FAC", "missing features hit"], rows
+    )
 
 
-def _missing(view: RunView, unsafe: bool) -> Table | None:
+def _missing(view: RunView, unsafe: bool) -> Group | None:
     if not view.missing:
         return None
     title = f"Missing features ({min(SHOWN, len(view.missing))} of {len(view.missing):,})"
     hidden = view.harmful and not unsafe
     if hidden:
-        title += "; what they are about may be harmful: the report blurs it, --show-unsafe shows it here"
-    table = _table(title, *(["feature"] if hidden else ["explanation", "feature"]), "anchor peak", "kept peak")
+        title += "; what they are about may be harmful: the report blurs it, --show-unsafe prints it"
+    rows: list[list[str | Text]] = []
     for item in view.missing[:SHOWN]:
-        kept = "–" if item.kept_peak is None else f"{item.kept_peak:.2f}"
         about = _said(item)
         if unsafe and item.spans:
             about.append_text(_passage(item.spans[0]))
-        table.add_row(*([] if hidden else [about]), str(item.feature), f"{item.anchor_peak:.2f}", kept)
-    return table
+        kept = "–" if item.kept_peak is None else f"{item.kept_peak:.2f}"
+        rows.append([*([] if hidden else [about]), str(item.feature), f"{item.anchor_peak:.2f}", kept])
+    columns = ["feature", "anchor peak", "kept peak"]
+    return _table(title, columns if hidden else ["explanation", *columns], rows)
 
 
 def _passage(best: Span) -> Text:
@@ -155,16 +155,16 @@ def _said(item: Missing) -> Text:
     return line
 
 
-def _classifier(view: RunView) -> Table | None:
+def _classifier(view: RunView) -> Group | None:
     if view.finetune is None:
         return None
     heldout = view.finetune["heldout"]
     title = f"Classifier on {heldout['documents']:,} held-out documents (a random scorer: {heldout['base_rate']:.3f})"
-    table = _table(title, "trained on", "documents", "AUPRC", "AUROC")
+    rows = []
     for arm in ARMS:
         row = view.finetune["arms"][arm]
         numbers = [
             f"{row[m]['mean']:.3f} ± {row[m]['sd']:.3f}" if m in row else "not trained" for m in ("auprc", "auroc")
         ]
-        table.add_row(arm, f"{row['documents']:,}", *numbers)
-    return table
+        rows.append([arm, f"{row['documents']:,}", *numbers])
+    return _table(title, ["trained on", "documents", "AUPRC", "AUROC"], rows)

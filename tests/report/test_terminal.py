@@ -43,7 +43,7 @@ def test_no_passage_and_no_sample(view: RunView) -> None:
 
 def test_what_may_be_harmful_is_shown_to_who_asks_for_it(view: RunView) -> None:
     hidden, shown = (printed(render(view, unsafe), width=400) for unsafe in (False, True))
-    assert "kill" not in hidden and "--show-unsafe shows it" in hidden
+    assert "kill" not in hidden and "--show-unsafe prints it" in hidden
     assert "kill, shoot, murder" in shown and "…how would someone kill a neighbour" in shown
     assert view.kept[0].text not in shown and "--show-unsafe" not in shown
 
