@@ -33,7 +33,7 @@ BINS = (0.0, 0.5, 0.6, 0.7, 0.8, 0.9)
 
 def explanations(view: RunView) -> Section:
     """What the tests of the explanations and the passes of the judge came to."""
-    title, short = "How far explanations can be trusted", "Explanations"
+    title, short = "How far explanations can be trusted", "Trust"
     summary = view.summary("explanations")
     if not summary:
         return Section("explanations", short, title, absent("Explanations", "fac explain CONFIG"))

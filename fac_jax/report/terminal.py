@@ -7,6 +7,7 @@ rich markup and terminal escapes in it have no effect.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -142,9 +143,9 @@ def _missing(view: RunView, unsafe: bool) -> Group | None:
 
 def _passage(best: Span) -> Text:
     """The strongest anchor passage in a line of its own, its activating token marked."""
-    before, token, after = (" ".join(visible(part).split()) for part in (best.before, best.token, best.after))
-    line = Text(f"\n  …{before[-BEFORE:]} ", style="dim")
-    return line.append(token, style="not dim bold").append(f" {after[:AFTER]}…")
+    before, token, after = (re.sub(r"\s+", " ", visible(part)) for part in (best.before, best.token, best.after))
+    line = Text(f"\n  …{before[-BEFORE:]}", style="dim")
+    return line.append(token, style="not dim bold").append(f"{after[:AFTER]}…")
 
 
 def _said(item: Missing) -> Text:
