@@ -10,6 +10,7 @@ os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_p
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["HF_HUB_OFFLINE"] = "1"
 
+import jax
 import pytest
 from jax.sharding import Mesh
 
@@ -19,6 +20,9 @@ from fac_jax.mesh import make_mesh
 CACHE = tempfile.TemporaryDirectory(prefix="fac-jax-tests-")  # nobody's answers are read, and none of the tests' kept
 atexit.register(CACHE.cleanup)
 os.environ["FAC_JAX_CACHE"] = CACHE.name
+# Nearly all of the time of tests goes into compiling tiny programs that run once: what LLVM optimizes there costs more
+# than it saves. Processes that tests start compile as those of users do.
+jax.config.update("jax_disable_most_optimizations", True)
 
 
 @pytest.fixture(scope="session")

@@ -115,9 +115,9 @@ def test_jumprelu_is_the_papers(ties: str, golden: dict[str, np.ndarray], sae: S
         if (theirs := getattr(want, name)) is not None:
             mine = getattr(gradient, name)[...]
             np.testing.assert_allclose(mine, theirs[...], rtol=1e-5, atol=1e-5 * np.abs(theirs[...]).max())
-    pre_bf = (x_bd - sae.b_dec_d[...]) @ sae.encoder_fd.T + sae.b_enc_f[...]
+    pre_bf = np.asarray((x_bd - sae.b_dec_d[...]) @ sae.encoder_fd.T + sae.b_enc_f[...])
     of_acts_bf = np.asarray(2 * (found.x_hat_bpd[:, 0] - goal_bd) @ sae.w_fd[...].T)
-    by_hand_f = np.zeros(F)
+    threshold_f, of_l0_b, by_hand_f = np.asarray(threshold_f), np.asarray(of_l0_b), np.zeros(F)
     for row in range(B):
         for feature in range(F):
             if abs(pre_bf[row, feature] - threshold_f[feature]) < width / 2:
