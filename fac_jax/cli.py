@@ -185,15 +185,25 @@ def _run(config: Config, verb: str, options: dict[str, str]) -> None:
     with Run(config) as run:
         wanted = [name for name, stage in stages.items() if not stage.on_request]
         run_stages(run, stages, [name for name in wanted if name != "report"])
-        stages["report"] = _report_on_done(run, stages)
-        run_stages(run, stages, ["report"])
-        _print_summary(run, options)
+        _write_report(run, stages, options)
 
 
-def _print_summary(run: Run, options: dict[str, str]) -> None:
-    """The findings, and where the page is."""
+def _report(config: Config, verb: str, options: dict[str, str]) -> None:
+    """The report on whatever is there."""
+    from fac_jax.pipeline import pipeline
+
+    with Run(config) as run:
+        _write_report(run, pipeline(config), options)
+
+
+def _write_report(run: Run, stages: dict[str, Stage], options: dict[str, str]) -> None:
+    """The page, which names the commands for stages that are not done; the findings, and where the page is."""
+    from fac_jax.pipeline import run_stages
     from fac_jax.report.terminal import summary
 
+    done = {name for name, stage in stages.items() if run.state(stage, stages)[0] == "done"}
+    inputs = tuple(name for name in stages["report"].inputs if name in done)
+    run_stages(run, stages | {"report": dataclasses.replace(stages["report"], inputs=inputs)}, ["report"])
     Console().print(summary(run.dir, unsafe="show-unsafe" in options))
     print(f"report: {(run.dir / 'report' / 'index.html').resolve()}")
 
@@ -229,12 +239,7 @@ def _stage(config: Config, verb: str, options: dict[str, str]) -> None:
         _dry_run(config, wanted)
         return
     with Run(config) as run:
-        if verb == "report":
-            stages["report"] = _report_on_done(run, stages)
         made = run_stages(run, stages, wanted)
-        if verb == "report":
-            _print_summary(run, options)
-            return
         for stage, record in made if is_first() else ():
             print(f"{stage.name}: {run.folder(stage)}  ({record.seconds:.1f} s, {record.finished})")
             for key, value in record.summary.items():
@@ -246,12 +251,6 @@ def _dry_run(config: Config, wanted: list[str]) -> None:
     from fac_jax.dry_run import estimates, table
 
     Console(width=None if sys.stdout.isatty() else 120).print(table(config, estimates(config, wanted)))
-
-
-def _report_on_done(run: Run, stages: dict[str, Stage]) -> Stage:
-    """The report on whatever is there; the page names the commands for the rest."""
-    done = {name for name, stage in stages.items() if run.state(stage, stages)[0] == "done"}
-    return dataclasses.replace(stages["report"], inputs=tuple(n for n in stages["report"].inputs if n in done))
 
 
 def _status(config: Config, verb: str, options: dict[str, str]) -> None:
@@ -412,7 +411,7 @@ VERBS = {
     "evaluate": Verb("coverage of the seed set with what was synthesised", ("run", "coverage"), _stage),
     "select": Verb("existing documents that cover what is missing", ("run", "coverage"), _stage),
     "finetune": Verb("a classifier with and without the synthetic samples", (*_BASE, "coverage", "finetune"), _stage),
-    "report": Verb("one offline HTML page of the run", ("run",), _stage),
+    "report": Verb("one offline HTML page of the run", ("run",), _report),
     "status": Verb("what is done, outdated or missing in the run directory", _ALL, _status),
     "convert": Verb(
         "the backbone (a GGUF file, say) to a Hugging Face directory; with --sae, an SAE to another program's form",

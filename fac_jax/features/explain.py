@@ -15,7 +15,7 @@ those that the settings leave out.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,7 @@ from fac_jax.backbone.weights import load_backbone, load_tokenizer
 from fac_jax.config import Config
 from fac_jax.features.ask import ask
 from fac_jax.features.embedded import decoded, named_tokens, promotes, token_counts, wording
-from fac_jax.features.scores.generation import Generated, open_scorer, score_generated
+from fac_jax.features.scores.generation import Generated, score_generated
 from fac_jax.features.scores.rating import requests_each
 from fac_jax.features.scores.score import KINDS, Scores, drawn, score_embedded, score_with
 from fac_jax.features.spans import Passages, explaining_spans, read_passages
@@ -39,7 +39,8 @@ from fac_jax.llm.structured import Answer
 from fac_jax.mesh import make_mesh
 from fac_jax.runs import writing
 from fac_jax.sae.checkpoint import load_sae
-from fac_jax.scan.scan import Scan, load_scan
+from fac_jax.scan.scan import Scan, check_sae, load_scan
+from fac_jax.scan.scorer import open_scorer
 
 EXPLANATIONS = pa.schema(
     {
@@ -77,7 +78,7 @@ def explain(config: Config, out: Path, inputs: Mapping[str, Path]) -> dict[str, 
     else:
         mesh = make_mesh(config.mesh)
         sae = load_sae(folder, mesh, None, config.backbone.layer)
-        load_scan(scan.folder, sae=sae.digest)
+        check_sae(scan, sae.digest)
         generator = open_generator(config, mesh)
         passages, tokenizer = read_passages(scan), load_tokenizer(config.backbone.model)
         rows = explain_with(generator, load_task(config.judge.task), passages, tokenizer, config, log)
@@ -102,7 +103,7 @@ def explain_embedded(
     mesh = make_mesh(config.mesh)
     loaded = load_backbone(config.backbone.model, None, config.backbone.dtype, mesh)
     sae = load_sae(sae_folder, mesh, loaded.config.d_model, config.backbone.layer)
-    load_scan(scan.folder, sae=sae.digest)
+    check_sae(scan, sae.digest)
     passages = read_passages(scan)
     held_nv = token_counts(passages)
     fires = named_tokens(passages, held_nv, config.explain.tokens)
@@ -174,19 +175,6 @@ def active_features(scan: Scan) -> list[int]:
     return np.unique(scan.peaks_nf.indices).tolist()
 
 
-def top_spans(scan: Scan, features: Sequence[int], count: int) -> dict[int, list[dict[str, Any]]]:
-    """The best spans of some features, as they are shown to a language model."""
-    table = scan.features("feature", "spans")
-    table = table.take(np.asarray(features, np.int64))  # row f is feature f
-    return {
-        feature: [
-            {"before": s["before"], "token": s["token"], "after": s["after"], "activation": round(s["score"], 2)}
-            for s in spans[:count]
-        ]
-        for feature, spans in zip(table["feature"].to_pylist(), table["spans"].to_pylist(), strict=True)
-    }
-
-
 def _explained(rows: Iterable[Mapping[str, Any]]) -> dict[int, str]:
     """Explanations by feature, of those that have one."""
     return {row["feature"]: row["explanation"] for row in rows if row["status"] == "explained"}
@@ -206,7 +194,8 @@ def _generate(
     sample = {feature: explanations[feature] for feature in drawn(list(explanations), count, config.run.seed)}
     if not sample:
         return Generated({}, {})
-    writer, score = generator or open_generator(config, make_mesh(config.mesh)), open_scorer(config, inputs, scan)
+    writer = generator or open_generator(config, make_mesh(config.mesh))
+    score = open_scorer(config, inputs, scan, scan.identity.name)
     settings = config.explain.generation_texts, config.coverage.threshold, config.run.seed
     return score_generated(writer, sample, score, tokenizer.all_special_tokens, *settings, out / "replies.jsonl")
 

@@ -27,8 +27,8 @@ from fac_jax.config import Config
 from fac_jax.errors import UserError
 from fac_jax.features.agreement import agreement
 from fac_jax.features.ask import ask
-from fac_jax.features.explain import top_spans
 from fac_jax.features.injection import sign_of_injection
+from fac_jax.features.spans import top_spans
 from fac_jax.features.task import Task
 from fac_jax.llm.client import Generator
 from fac_jax.llm.question import label_schema, question

@@ -151,6 +151,19 @@ def explaining_spans(
     }
 
 
+def top_spans(scan: Scan, features: Sequence[int], count: int) -> dict[int, list[dict[str, Any]]]:
+    """The best spans of some features, as they are shown to a language model."""
+    table = scan.features("feature", "spans")
+    table = table.take(np.asarray(features, np.int64))  # row f is feature f
+    return {
+        feature: [
+            {"before": s["before"], "token": s["token"], "after": s["after"], "activation": round(s["score"], 2)}
+            for s in spans[:count]
+        ]
+        for feature, spans in zip(table["feature"].to_pylist(), table["spans"].to_pylist(), strict=True)
+    }
+
+
 def _cut(passages: Passages, place: int, settings: ExplainConfig, tokenizer: PreTrainedTokenizerFast) -> dict[str, str]:
     document, position = int(passages.document_p[place]), int(passages.position_p[place])
     start, stop = passages.start_n[document], passages.start_n[document + 1]

@@ -27,6 +27,8 @@ HOW = {
     "embedded": "Rated by simulation: a feature is expected where the tokens stand that its explanation names.",
     "llm": "Rated by a language model that sees the explanation and the passage. An unreadable reply counts as a coin.",
 }
+KAPPAS = {"Cohen’s kappa": "kappa", "by steps of the scale": "kappa_linear"}
+"""Measures of agreement, as one reads them."""
 BINS = (0.0, 0.5, 0.6, 0.7, 0.8, 0.9)
 """Lower ends of the bars."""
 
@@ -37,13 +39,14 @@ def explanations(view: RunView) -> Section:
     summary = view.summary("explanations")
     if not summary:
         return Section("explanations", short, title, absent("Explanations", "fac explain CONFIG"))
+    relevance = view.summary("relevance")
     body = join(
         tag("p", _counted(summary)),
         _tests(summary) if any(summary.get(f"{test}_auroc") for test in TESTS) else None,
         _figure(view),
         _written(summary.get("generation")),
-        _agreement(view.summary("relevance")),
-        _suspects(view.summary("relevance")),
+        _paragraph("The judge and itself. ", agreed(relevance)),
+        _paragraph("Passages that give orders. ", suspects(relevance)),
     )
     return Section("explanations", short, title, body)
 
@@ -77,9 +80,6 @@ def agreed(relevance: Row) -> str | None:
         f"time: {percent(found['same_label'])} got the same label, {percent(found['same_relevance'])} the same side of "
         f"the line. {'; '.join(kappas) or 'Cohen’s kappa is undefined: one label was given to all'}."
     )
-
-
-KAPPAS = {"Cohen’s kappa": "kappa", "by steps of the scale": "kappa_linear"}
 
 
 def _counted(summary: Row) -> str:
@@ -126,7 +126,7 @@ def _written(found: Row | None) -> Html | None:
         return None
     above = f"above {found['threshold']:g}"
     rows = [
-        [f"Share of texts with a peak {level}", interval(found[key]), interval(found[f"{control}"])]
+        [f"Share of texts with a peak {level}", interval(found[key]), interval(found[control])]
         for level, key, control in (
             (above, "generation_score", "generation_control"),
             ("above 0", "generation_any", "generation_control_any"),
@@ -140,11 +140,5 @@ def _written(found: Row | None) -> Html | None:
     return table([*texts("Generation"), *numbers("Own texts", "Control: others’ texts")], rows, caption)
 
 
-def _agreement(relevance: Row) -> Html | None:
-    said = agreed(relevance)
-    return tag("p", tag("strong", "The judge and itself. "), said) if said else None
-
-
-def _suspects(relevance: Row) -> Html | None:
-    said = suspects(relevance)
-    return tag("p", tag("strong", "Passages that give orders. "), said) if said else None
+def _paragraph(heading: str, said: str | None) -> Html | None:
+    return tag("p", tag("strong", heading), said) if said else None

@@ -2,8 +2,8 @@
 
 Reads the run directory; writes report/index.html. Everything that came from a corpus, a model or a config is escaped
 (`markup.py`), and a content security policy forbids scripts and loads besides, so that hostile text stays text.
-Passages and samples are blurred until asked for, and so are
-explanations where the task is about harm. Stages that have not run are named, with the command that runs them.
+Passages and samples are blurred until asked for, and so are explanations where the task is about harm. Stages that have
+not run are named, with the command that runs them.
 """
 
 from __future__ import annotations

@@ -140,17 +140,12 @@ def peaks_of(
     return csr_array(vstack(rows, format="csr"))
 
 
-def load_scan(folder: Path, sae: str | None = None) -> Scan:
-    """Read a finished scan. Raises UserError when it is not there, or was made with another SAE than digest `sae`."""
+def load_scan(folder: Path) -> Scan:
+    """Read a finished scan. Raises UserError when it is not there."""
     if not (folder / "scan.json").exists():
         raise UserError(f"{folder} holds no finished scan (no scan.json): run `fac scan CONFIG --data {folder.name}`")
     identity = read_identity(folder)
     assert identity is not None
-    if sae is not None and identity.sae != sae:
-        raise UserError(
-            f"the scan in {folder} was made with SAE {identity.sae}, asked is SAE {sae}: "
-            f"run `fac scan CONFIG --data {identity.name}` again, or set scan.sae to the one it was made with"
-        )
     documents = pq.read_table(folder / "documents.parquet", columns=["id", "label", "content_tokens"])
     peaks = pq.read_table(folder / "peaks.parquet", columns=["document", "feature", "peak", "position", "token_id"])
     document, feature, peak, position, token_id = (column.to_numpy() for column in peaks.columns)
@@ -165,6 +160,15 @@ def load_scan(folder: Path, sae: str | None = None) -> Scan:
         labels_n=documents["label"].to_numpy().astype(np.float64),
         content_tokens_n=documents["content_tokens"].to_numpy().astype(np.int64),
     )
+
+
+def check_sae(scan: Scan, sae: str) -> None:
+    """Raises UserError when a scan was made with another SAE than that of digest `sae`."""
+    if scan.identity.sae != sae:
+        raise UserError(
+            f"the scan in {scan.folder} was made with SAE {scan.identity.sae}, asked is SAE {sae}: "
+            f"run `fac scan CONFIG --data {scan.identity.name}` again, or set scan.sae to the one it was made with"
+        )
 
 
 def load_scans(*folders: Path) -> list[Scan]:

@@ -13,7 +13,7 @@ All of them may be empty: a writer that fails is recorded as one.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,19 +27,15 @@ from fac_jax.config import Config
 from fac_jax.features.task import SampleShape
 from fac_jax.llm.client import Generator, open_generator
 from fac_jax.mesh import make_mesh
-from fac_jax.packing import encode
 from fac_jax.runs import write_text, writing
-from fac_jax.scan.scan import Scan, load_scan, load_scans, load_scorer, peaks_of
+from fac_jax.scan.scan import load_scans
+from fac_jax.scan.scorer import Score, open_scorer
 from fac_jax.synthesis import contrast, cover
 from fac_jax.synthesis.contrast import Pair
 from fac_jax.synthesis.cover import Kept
 from fac_jax.synthesis.generations import Generation, Job, settle_log, write_all
 from fac_jax.synthesis.plan import Plan, make_plan
 from fac_jax.synthesis.samples import Sample, read_sample, reasons, without_copies
-from fac_jax.text import Turn, make_document
-
-Score = Callable[[Sequence[str]], csr_array]
-"""Texts to their peaks on every feature, float32 [texts, features]."""
 
 CANDIDATES = pa.schema(
     {
@@ -93,21 +89,7 @@ def synthesize(config: Config, out: Path, inputs: Mapping[str, Path]) -> dict[st
     anchor, seed = load_scans(inputs[f"scan:{config.coverage.anchor}"], inputs[f"scan:{config.coverage.seed}"])
     plan = make_plan(config, anchor, seed, inputs)
     generator = open_generator(config, make_mesh(config.mesh))
-    return write_samples(plan, generator, open_scorer(config, inputs, anchor), out)
-
-
-def open_scorer(config: Config, inputs: Mapping[str, Path], anchor: Scan) -> Score:
-    """Texts to peaks, just as the scan of the written samples will compute them."""
-    loaded, sae = load_scorer(config, inputs)
-    load_scan(anchor.folder, sae=sae.digest)
-    max_tokens = config.dataset(config.coverage.seed).max_tokens
-
-    def score(texts: Sequence[str]) -> csr_array:
-        documents = (make_document([Turn("user", text)], None, "synthesis") for text in texts)
-        encoded = [encode(document, loaded.tokenizer, max_tokens) for document in documents]
-        return peaks_of(encoded, loaded, sae, config.scan.acts, config.backbone)
-
-    return score
+    return write_samples(plan, generator, open_scorer(config, inputs, anchor, config.coverage.seed), out)
 
 
 def write_samples(plan: Plan, generator: Generator, score: Score, out: Path) -> dict[str, Any]:

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from fac_jax.features.spans import Passages, read_passages
@@ -16,6 +15,7 @@ from fac_jax.scan.parts import Identity, begin, commit, finish
 from fac_jax.scan.peaks import BatchPeaks
 from fac_jax.scan.scan import Scan, load_scan
 from fac_jax.text import Turn, make_document
+from tests.word_tokenizer import word_tokenizer
 
 VILE, ANIMALS, PLAIN = ["vile", "cruel"], ["dog", "cat"], ["the", "a", "is", "was", "very", "so"]
 WORDS = ["<pad>", "<user>", *VILE, *ANIMALS, *PLAIN]
@@ -25,11 +25,7 @@ ON_VILE, ON_ANIMALS, ON_EVERYTHING, ON_ONE = range(4)  # the last two features n
 
 @pytest.fixture(scope="session")
 def tokenizer() -> PreTrainedTokenizerFast:
-    words = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<pad>"))
-    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    made = PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", additional_special_tokens=["<user>"])
-    made.chat_template = "{% for m in messages %}<user> {{ m['content'] }} {% endfor %}"
-    return made
+    return word_tokenizer(WORDS)
 
 
 @pytest.fixture

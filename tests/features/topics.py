@@ -10,7 +10,6 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
-from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from fac_jax.packing import encode, pack
@@ -18,6 +17,7 @@ from fac_jax.scan.parts import Identity, begin, commit, finish
 from fac_jax.scan.peaks import BatchPeaks
 from fac_jax.scan.scan import Scan, load_scan
 from fac_jax.text import Turn, make_document
+from tests.word_tokenizer import word_tokenizer
 
 TOPICS, SILENT, WIDTH, SPAN_TOKENS = 150, 2, 16, 8
 TOPIC_WORDS = [f"topic{index}" for index in range(TOPICS)]
@@ -29,11 +29,7 @@ WORDS = ["<pad>", "<user>", *PLAIN, *TOPIC_WORDS]
 
 
 def topics_tokenizer() -> PreTrainedTokenizerFast:
-    words = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<pad>"))
-    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    made = PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", additional_special_tokens=["<user>"])
-    made.chat_template = "{% for m in messages %}<user> {{ m['content'] }} {% endfor %}"
-    return made
+    return word_tokenizer(WORDS)
 
 
 def decoder() -> np.ndarray:

@@ -13,8 +13,6 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
 
 from fac_jax.config import BackboneConfig, Config, DataSet, ScanConfig, Source
 from fac_jax.errors import UserError
@@ -22,8 +20,9 @@ from fac_jax.packing import encode, pack
 from fac_jax.sae.checkpoint import LoadedSae, load_sae, save_sae
 from fac_jax.sae.model import SAE
 from fac_jax.scan import scan as module
-from fac_jax.scan.scan import load_scan, peaks_of, scan
+from fac_jax.scan.scan import check_sae, load_scan, peaks_of, scan
 from fac_jax.text import read_documents
+from tests.word_tokenizer import word_tokenizer
 
 WORDS = ["<pad>", "<user>", "red", "green", "blue", "cat", "dog", "sun", "moon", "sea"]
 D, FEATURES, K = 6, 16, 3
@@ -31,10 +30,7 @@ D, FEATURES, K = 6, 16, 3
 
 @pytest.fixture(scope="module")
 def backbone() -> Any:
-    words = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<pad>"))
-    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", additional_special_tokens=["<user>"])
-    tokenizer.chat_template = "{% for m in messages %}<user> {{ m['content'] }} {% endfor %}"
+    tokenizer = word_tokenizer(WORDS)
     table = np.random.default_rng(0).normal(size=(len(WORDS), 64, D)).astype(np.float32)
     return SimpleNamespace(
         tokenizer=tokenizer, table=table, digest="model-1", config=SimpleNamespace(d_model=D),
@@ -232,7 +228,7 @@ def test_a_scan_with_another_sae_is_not_mixed_in(config: Config, tmp_path: Path)
     with pytest.raises(
         UserError, match="was made with SAE sae-1, asked is SAE sae-2: run `fac scan CONFIG --data anchor` again"
     ):
-        load_scan(tmp_path / "out", sae="sae-2")
+        check_sae(load_scan(tmp_path / "out"), "sae-2")
 
 
 def test_an_sae_that_does_not_fit_the_backbone(config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

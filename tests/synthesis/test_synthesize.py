@@ -17,6 +17,7 @@ from fac_jax.config import Config, DataSet, LlmConfig, RunConfig, Source
 from fac_jax.errors import UserError
 from fac_jax.llm.client import OnReply, Reply, Request
 from fac_jax.llm.fake import BROKEN, GOOD, FakeGenerator, FakeServer
+from fac_jax.scan import scorer
 from fac_jax.synthesis import synthesize as module
 from fac_jax.synthesis.synthesize import synthesize
 from fac_jax.text import read_documents
@@ -262,9 +263,9 @@ def test_a_full_disk_rises_as_what_it_is(toy: Toy, monkeypatch: pytest.MonkeyPat
 
 
 def test_an_sae_other_than_the_scans_is_refused(toy: Toy, monkeypatch: pytest.MonkeyPatch):
-    loaded, sae = module.load_scorer(toy.config, toy.inputs)
+    loaded, sae = scorer.load_scorer(toy.config, toy.inputs)
     monkeypatch.setattr(
-        module, "load_scorer", lambda config, inputs: (loaded, dataclasses.replace(sae, digest="sae-2"))
+        scorer, "load_scorer", lambda config, inputs: (loaded, dataclasses.replace(sae, digest="sae-2"))
     )
     with pytest.raises(UserError, match="made with SAE sae-1, asked is SAE sae-2"):
         run(toy, able, monkeypatch)

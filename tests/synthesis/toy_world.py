@@ -13,8 +13,6 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
 
 from fac_jax.config import BackboneConfig, Config, CoverageConfig, DataSet, MeshConfig, Source, SynthesizeConfig
 from fac_jax.llm.client import Request
@@ -22,8 +20,9 @@ from fac_jax.mesh import make_mesh
 from fac_jax.sae.checkpoint import LoadedSae
 from fac_jax.sae.model import SAE
 from fac_jax.scan import scan as scan_module
+from fac_jax.scan import scorer as scorer_module
 from fac_jax.scan.scan import scan
-from fac_jax.synthesis import synthesize as stage_module
+from tests.word_tokenizer import word_tokenizer
 
 TOPICS = ["knives", "guns", "poison", "theft", "fire", "venom", "fraud", "ropes"]
 FILLER = "we they must all go now and see the old town by night or day for some good talk".split()
@@ -59,10 +58,7 @@ class Toy:
 
 def make_toy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Toy:
     """Scans of an anchor and a seed in `tmp_path`, what is missing and its explanations."""
-    words = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<pad>"))
-    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", additional_special_tokens=["<user>"])
-    tokenizer.chat_template = "{% for m in messages %}<user> {{ m['content'] }} {% endfor %}"
+    tokenizer = word_tokenizer(WORDS)
     mesh = make_mesh(MeshConfig(data=1, feature=1))
     table = (3.0 * np.eye(len(WORDS))).astype(np.float32)
     loaded = SimpleNamespace(
@@ -73,7 +69,7 @@ def make_toy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Toy:
     scorer: tuple[Any, LoadedSae] = (
         loaded, LoadedSae(sae, len(WORDS), 2, len(WORDS), "sae-1", 3, "toy", "model-1")
     )  # fmt: skip
-    for module in (scan_module, stage_module):
+    for module in (scan_module, scorer_module):
         monkeypatch.setattr(module, "load_scorer", lambda config, inputs: scorer)
 
     data = {

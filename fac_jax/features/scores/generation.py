@@ -12,27 +12,21 @@ Reads backbone and SAE; `ask.py` writes the log of replies.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from jaxtyping import Bool, Float
-from scipy.sparse import csr_array
 
-from fac_jax.config import Config
 from fac_jax.features.ask import ask
 from fac_jax.features.scores.auroc import over_features
 from fac_jax.features.scores.prompts import shared_prompt
 from fac_jax.llm.client import Generator, Request
 from fac_jax.llm.question import question
-from fac_jax.packing import encode
-from fac_jax.scan.scan import Scan, load_scan, load_scorer, peaks_of
-from fac_jax.text import Turn, make_document
+from fac_jax.scan.scorer import Score
 
-Score = Callable[[Sequence[str]], csr_array]
-"""Texts to their peaks on every feature, float32 [texts, features]."""
 MAX_TOKENS = 100
 """Of a text."""
 TEMPERATURE, TOP_P = 0.8, 0.9
@@ -46,20 +40,6 @@ class Generated:
     columns: Mapping[int, dict[str, Any]]
     """Per feature: columns of explanations.parquet."""
     summary: Mapping[str, Any]
-
-
-def open_scorer(config: Config, inputs: Mapping[str, Path], anchor: Scan) -> Score:
-    """Texts to peaks, just as the scan of the anchor made them of its documents."""
-    loaded, sae = load_scorer(config, inputs)
-    load_scan(anchor.folder, sae=sae.digest)
-    max_tokens = config.dataset(anchor.identity.name).max_tokens
-
-    def score(texts: Sequence[str]) -> csr_array:
-        documents = (make_document([Turn("user", text)], None, "explain") for text in texts)
-        encoded = [encode(document, loaded.tokenizer, max_tokens) for document in documents]
-        return peaks_of(encoded, loaded, sae, config.scan.acts, config.backbone)
-
-    return score
 
 
 def score_generated(

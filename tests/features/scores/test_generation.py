@@ -3,23 +3,16 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
 import numpy as np
 import pytest
 from scipy.sparse import csr_array
 
-from fac_jax.config import Config, DataSet, Source
-from fac_jax.errors import UserError
-from fac_jax.features.scores import generation as module
-from fac_jax.features.scores.generation import open_scorer, score_generated
+from fac_jax.features.scores.generation import score_generated
 from fac_jax.llm.client import Reply, Request
 from fac_jax.llm.fake import FakeGenerator
-from fac_jax.packing import EncodedDocument
-from fac_jax.scan.scan import Scan
 
 EXPLANATIONS = {3: "the word red", 8: "the word green", 5: "the word blue"}
 WORDS = {3: "red", 8: "green", 5: "blue"}
@@ -77,25 +70,3 @@ def test_what_is_no_text_activates_nothing_and_is_counted(written: str, tmp_path
     assert found.columns[3]["generation_score"] == 0.5 and found.summary["unusable"] == 2
     assert found.columns[3]["generation_control"] is None, "no other feature's texts"
     assert found.summary["generation_control"] is None
-
-
-def test_texts_are_scored_as_documents_of_the_anchor(
-    make_scan: Callable[..., Scan], tokenizer: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    scan = make_scan()
-    seen: list[list[int]] = []
-
-    def peaks_of(encoded: Sequence[EncodedDocument], *_: object) -> csr_array:
-        seen.extend(one.ids.tolist() for one in encoded)
-        return csr_array((len(encoded), 6))
-
-    opened = SimpleNamespace(tokenizer=tokenizer), SimpleNamespace(digest="sae-1")
-    monkeypatch.setattr(module, "load_scorer", lambda config, inputs: opened)
-    monkeypatch.setattr(module, "peaks_of", peaks_of)
-    config = Config(data={"anchor": DataSet(sources=(Source(path="texts.txt"),), max_tokens=8)})
-    assert open_scorer(config, {}, scan)(["the vile dog is so very cruel and so is the cat"]).shape == (1, 6)
-    whole = tokenizer("<user> the vile dog is so very cruel and so is the cat")["input_ids"]
-    assert seen == [whole[:8]], "under the chat template, cut as the anchor's documents are"
-    opened[1].digest = "sae-2"
-    with pytest.raises(UserError, match="was made with SAE sae-1, asked is SAE sae-2"):
-        open_scorer(config, {}, scan)
