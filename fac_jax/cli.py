@@ -23,7 +23,7 @@ from rich.table import Table
 from fac_jax import __version__
 from fac_jax.config import Config, load_config
 from fac_jax.distributed import STOPPED, is_first, leave, start
-from fac_jax.errors import Stopped, UserError
+from fac_jax.errors import Stopped, Unfinished, UserError
 from fac_jax.plain import suggest
 from fac_jax.runs import Run, Stage
 
@@ -63,6 +63,9 @@ def _main(arguments: list[str]) -> int:
         errors.print("[bold red]error:[/] ", end="")
         errors.print(str(error), markup=False)
         return 1
+    except Unfinished as unfinished:
+        errors.print(str(unfinished), markup=False)
+        return 0
     except Stopped as stopped:
         errors.print(f"{stopped}; the same command goes on from there:", markup=False)
         errors.print("  fac " + " ".join(arguments), markup=False)

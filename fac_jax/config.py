@@ -381,6 +381,26 @@ class ScanConfig:
     """Top-scoring spans kept per feature (code: 10)."""
     span_tokens: int = 32
     """Tokens of a span, activating token included (code: 32)."""
+    peaks: str = "all"
+    """Features whose peaks are kept document by document, with the documents: all, none (statistics and spans only,
+    whose size does not depend on the corpus), or a parquet file with a column `feature` (coverage/missing.parquet). Of
+    the sets that the pipeline itself needs (anchor, seed, held-out, synthesised) all are kept."""
+    share: str = "1/1"
+    """Part of the data set that this command scans, such as 1/2 and 2/2, each perhaps on a machine of its own: the last
+    one finishes the scan, or `fac scan merge` joins them. Changes nothing in the product."""
+
+    @property
+    def share_of(self) -> tuple[int, int]:
+        """Index from 0, and count."""
+        index, _, count = self.share.partition("/")
+        return int(index) - 1, int(count)
+
+    def __post_init__(self) -> None:
+        index, slash, count = self.share.partition("/")
+        fits = index.isdecimal() and bool(slash) and count.isdecimal() and 1 <= int(index) <= int(count)
+        check(fits, f"scan.share is {self.share!r}; it must be INDEX/COUNT, counted from 1, such as 2/4")
+        for name, floor in {"top_spans": 1, "span_tokens": 1}.items():
+            check(getattr(self, name) >= floor, f"scan.{name} is {getattr(self, name)}; it must be at least {floor}")
 
 
 @dataclass(frozen=True)

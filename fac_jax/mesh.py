@@ -5,8 +5,10 @@ Always set, 1x1 on a laptop. Axis names live here and nowhere else; what is not 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from threading import Lock
@@ -43,6 +45,16 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
         )
     grid = _along_the_wires(data, config.feature, devices[: data * config.feature])
     return Mesh(grid, (DATA, FEATURE), axis_types=(AxisType.Auto, AxisType.Auto))
+
+
+def own_mesh(config: MeshConfig, devices: Sequence[jax.Device]) -> Mesh:
+    """The mesh of one process's devices, for work that it does by itself beside others.
+
+    With several processes `mesh.feature` may be more than one has: the model is then split over all of its own.
+    """
+    if config.coordinator is None:
+        return make_mesh(config, devices)
+    return make_mesh(replace(config, data=None, feature=math.gcd(config.feature, len(devices))), devices)
 
 
 def _along_the_wires(data: int, feature: int, devices: Sequence[jax.Device]) -> np.ndarray:

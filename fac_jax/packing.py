@@ -41,7 +41,7 @@ class PackedBatch:
     slot: np.ndarray
     documents: tuple[EncodedDocument, ...]
     first: int
-    """Ordinal in the corpus of the first document: `batches(..., first=first)` begins with this batch again."""
+    """Ordinal of the first document: `pack` of the documents from it on, with this `first`, begins with this batch."""
 
 
 def encode(document: Document, tokenizer: PreTrainedTokenizerFast, max_tokens: int) -> EncodedDocument:
@@ -150,23 +150,22 @@ def _batch(items: list[EncodedDocument], placement: list[int], rows: int, row_to
     return PackedBatch(tokens, segments, positions, content, slot, tuple(items), first)
 
 
-def batches(
-    dataset: DataSet,
-    name: str,
-    tokenizer: PreTrainedTokenizerFast,
-    geometry: BackboneConfig,
-    first: int = 0,
-    skipped: list[str] | None = None,
-) -> Iterator[PackedBatch]:
-    """Packed batches of a data set, beginning with its document of ordinal `first`."""
+def check_fits(dataset: DataSet, name: str, geometry: BackboneConfig) -> None:
+    """Raise UserError when documents may be longer than a packed row."""
     if dataset.max_tokens > geometry.row_tokens:
         raise UserError(
             f"data.{name}.max_tokens is {dataset.max_tokens}, more than backbone.row_tokens {geometry.row_tokens}; "
             "lower the first"
         )
-    documents = (d for i, d in enumerate(read_documents(dataset, name, skipped)) if i >= first)
-    encoded = (encode(document, tokenizer, dataset.max_tokens) for document in documents)
-    return pack(encoded, geometry.rows_per_batch, geometry.row_tokens, first)
+
+
+def batches(
+    dataset: DataSet, name: str, tokenizer: PreTrainedTokenizerFast, geometry: BackboneConfig
+) -> Iterator[PackedBatch]:
+    """Packed batches of a whole data set."""
+    check_fits(dataset, name, geometry)
+    encoded = (encode(document, tokenizer, dataset.max_tokens) for document in read_documents(dataset, name))
+    return pack(encoded, geometry.rows_per_batch, geometry.row_tokens)
 
 
 def equal_part(row_tokens: int, most: int) -> int:

@@ -11,13 +11,14 @@ what follows again, and nothing before it.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from fac_jax.activations.harvest import harvest
 from fac_jax.activations.store import read_manifest, stores_at
-from fac_jax.config import Config, DataSet, SweepConfig
+from fac_jax.config import Config, DataSet, ScanConfig, SweepConfig
 from fac_jax.coverage.measure import coverage, evaluate
 from fac_jax.coverage.select import select
 from fac_jax.downstream.finetune import finetune
@@ -97,8 +98,11 @@ def scanned(config: Config) -> list[str]:
 def scan_stage(config: Config, name: str) -> Stage:
     """The scan of one data set; the sets that synthesis writes are read from its product."""
     inputs = (*_sae_input(config), f"synthesis/{name}.jsonl") if name in WRITTEN else _sae_input(config)
-    made_of = partial(_scan_settings, config, name)
-    return Stage(f"scan:{name}", f"scans/{name}", f"scan --data {name}", partial(scan, name=name), made_of, inputs)
+    peaks = "all" if name in (*scanned(config), *WRITTEN) else config.scan.peaks
+    made_of, function = partial(_scan_settings, config, name, peaks), partial(scan, name=name, peaks=peaks)
+    return Stage(
+        f"scan:{name}", f"scans/{name}", f"scan --data {name}", function, made_of, inputs, distributed=True
+    )  # fmt: skip
 
 
 def _store_input(config: Config) -> tuple[str, ...]:
@@ -138,8 +142,10 @@ def _splice_settings(config: Config) -> dict[str, Any]:
     return {"splice": config.splice, **_backbone(config), **held_out, **outside}
 
 
-def _scan_settings(config: Config, name: str) -> dict[str, Any]:
-    settings = {"scan": config.scan, **_backbone(config), "sae": external_sae(config.scan.sae)}
+def _scan_settings(config: Config, name: str, peaks: str) -> dict[str, Any]:
+    kept = peaks if peaks in ("all", "none") else fingerprint(Path(peaks))
+    how = replace(config.scan, peaks=kept, share=ScanConfig.share)
+    settings = {"scan": how, **_backbone(config), "sae": external_sae(config.scan.sae)}
     return settings if name in WRITTEN else {**settings, "data": data_fingerprint(config, name)}
 
 

@@ -13,9 +13,8 @@ from __future__ import annotations
 
 import json
 import logging
-import math
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import replace
 from itertools import islice
@@ -25,7 +24,6 @@ from typing import Any
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
-from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float
 
 from fac_jax.activations.manifest import Manifest, Totals, rows_per_block
@@ -41,10 +39,10 @@ from fac_jax.activations.store import (
 )
 from fac_jax.activations.writer import StoreWriter
 from fac_jax.backbone.weights import Loaded, load_backbone
-from fac_jax.config import Config, MeshConfig
+from fac_jax.config import Config
 from fac_jax.distributed import Process, wait_for_all
 from fac_jax.errors import UserError
-from fac_jax.mesh import make_mesh
+from fac_jax.mesh import own_mesh
 from fac_jax.packing import PackedBatch, encode, pack
 from fac_jax.plain import digest
 from fac_jax.progress import Bar, progress
@@ -64,7 +62,7 @@ def harvest(config: Config, out: Path, inputs: Mapping[str, Path]) -> dict[str, 
     index, count = Process.index, Process.count
     place = config.harvest.store or str(out)
     layers = config.harvested_layers
-    mesh = harvest_mesh(config.mesh, jax.local_devices())
+    mesh = own_mesh(config.mesh, jax.local_devices())
     loaded = load_backbone(config.backbone.model, layers[-1], config.backbone.dtype, mesh)
     manifests = {layer_path(place, layer): describe(config, loaded, layer, writers=count) for layer in layers}
     if index == 0:
@@ -86,16 +84,6 @@ def harvest(config: Config, out: Path, inputs: Mapping[str, Path]) -> dict[str, 
         write_text(out / "store.json", json.dumps({"store": place, "layers": layers}, indent=1))
     main = totals[layer_path(place, config.backbone.layer)]
     return _summary(config, place, layers, main, tokens, seconds)
-
-
-def harvest_mesh(config: MeshConfig, devices: Sequence[jax.Device]) -> Mesh:
-    """The mesh of one process's devices, which harvests by itself.
-
-    With several processes `mesh.feature` may be more than one has: it then splits the model over all of its own.
-    """
-    if config.coordinator is None:
-        return make_mesh(config, devices)
-    return make_mesh(replace(config, data=None, feature=math.gcd(config.feature, len(devices))), devices)
 
 
 def describe(config: Config, loaded: Loaded, layer: int, writers: int) -> Manifest:

@@ -33,7 +33,7 @@ import jax
 import numpy as np
 from jaxtyping import Float, Float64, Int64
 
-from fac_jax.activations.harvest import content_rows, harvest_mesh, held_out
+from fac_jax.activations.harvest import content_rows, held_out
 from fac_jax.activations.manifest import sums_of
 from fac_jax.activations.positions import Dealer, Piece, Position, Positions, cut
 from fac_jax.activations.rows import Rows, empty_rows, row_dtype
@@ -42,7 +42,7 @@ from fac_jax.backbone.weights import load_backbone
 from fac_jax.config import Config
 from fac_jax.distributed import beat, from_first, is_first, wait_for_all
 from fac_jax.errors import UserError
-from fac_jax.mesh import starting
+from fac_jax.mesh import own_mesh, starting
 from fac_jax.packing import PackedBatch, encode, pack
 from fac_jax.plain import from_plain, to_plain
 from fac_jax.runs import write_text
@@ -105,7 +105,7 @@ class LiveRows:
         self._wanted = shares(settings.batch_rows, self.streams, spans)
         self._own = sorted({index for index, _, _ in self._wanted})
         self._positions = Positions(out / "positions", self._own)
-        self._mesh, backbone = harvest_mesh(config.mesh, jax.local_devices()), config.backbone
+        self._mesh, backbone = own_mesh(config.mesh, jax.local_devices()), config.backbone
         self.loaded = load_backbone(backbone.model, backbone.layer, backbone.dtype, self._mesh)
         self.dtype = row_dtype(config.harvest.dtype)
         self._ready: dict[int, Future[dict[int, Window]]] = {}

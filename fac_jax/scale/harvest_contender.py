@@ -22,13 +22,14 @@ import jax
 import numpy as np
 
 from fac_jax.activations import harvest as harvesting
-from fac_jax.activations.harvest import content_rows, describe, harvest_documents, harvest_mesh
+from fac_jax.activations.harvest import content_rows, describe, harvest_documents
 from fac_jax.activations.manifest import Cursor, Manifest
 from fac_jax.activations.rows import row_dtype
 from fac_jax.activations.store import complete_store, create_store, writer_name
 from fac_jax.activations.writer import StoreWriter
 from fac_jax.backbone.weights import Loaded, load_backbone
 from fac_jax.config import BackboneConfig, Config, DataSet, HarvestConfig, Source
+from fac_jax.mesh import own_mesh
 from fac_jax.packing import batches
 from fac_jax.runs import versions
 
@@ -39,7 +40,7 @@ def main() -> None:
     """Time the harvest that the argument describes."""
     asked = json.loads(sys.argv[1])
     folder, config = Path(asked["folder"]), harvest_config(asked, asked["documents"])
-    mesh = harvest_mesh(config.mesh, jax.local_devices())
+    mesh = own_mesh(config.mesh, jax.local_devices())
     loaded = load_backbone(config.backbone.model, config.backbone.layer, config.backbone.dtype, mesh)
     manifest = describe(config, loaded, config.backbone.layer, writers=1)
     written(harvest_config(asked, asked["warm_up"]), loaded, manifest, folder / "warm_up")

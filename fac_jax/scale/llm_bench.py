@@ -26,7 +26,9 @@ LIMITS = {
     "200/s, bucket of 400": ("--rate 200 --burst 400 --latency 0.1", 4000),
     "5/s, bucket of 5": ("--rate 5 --burst 5 --latency 1", 200),
     "100/s, bucket of 5, Retry-After 1 s": ("--rate 100 --burst 5 --latency 0.2", 3000),
+    "the same, for longer": ("--rate 100 --burst 5 --latency 0.2", 30_000),
     "200 in each second, Retry-After 1 s": ("--rate 200 --window 1 --latency 0.02", 4000),
+    "the same, for longer ": ("--rate 200 --window 1 --latency 0.02", 60_000),
     "16 at a time": ("--at-once 16 --latency 0.05", 3000),
     "none": ("--latency 0.2", 3000),
 }

@@ -16,9 +16,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
-from jaxtyping import Array, Float, Float32, Int, Int32, Int64
+from jaxtyping import Array, Bool, Float, Float32, Int, Int32, Int64
 
 from fac_jax.backbone.weights import Loaded
+from fac_jax.mesh import FEATURE, sharding
 from fac_jax.packing import PackedBatch, equal_part
 from fac_jax.sae.checkpoint import LoadedSae
 from fac_jax.sae.model import SAE, above_threshold, pre_activations
@@ -82,13 +83,13 @@ def dispatch(batch: PackedBatch, loaded: Loaded, sae: LoadedSae, acts: Acts) -> 
     ]  # fmt: skip
 
 
-def collect(batch: PackedBatch, tables: Sequence[Table]) -> BatchPeaks:
-    """Wait for the tables of `dispatch` and make them sparse."""
+def collect(batch: PackedBatch, tables: Sequence[Table], kept_f: Bool[np.ndarray, " f"] | None = None) -> BatchPeaks:
+    """Wait for the tables of `dispatch` and make them sparse; of the features of `kept_f`, by default of all."""
     peak_sf, position_sf = (
         np.concatenate([np.asarray(getattr(table.peaks, name)) for table in tables])[: len(batch.documents)]
         for name in ("peak_sf", "position_sf")
     )
-    document, feature = np.nonzero(peak_sf)
+    document, feature = np.nonzero(peak_sf if kept_f is None else np.where(kept_f, peak_sf, 0))
     return BatchPeaks(
         document=document,
         feature=feature,
@@ -127,6 +128,7 @@ def fold(
     content_btd = jnp.take_along_axis(resid_btd, order_bt[:, :, None], axis=1)
     slot_bt = jnp.where(slot_bt < 0, slots, slot_bt)  # a negative index would count from the end
     features = sae.w_fd.shape[0]
+    by_feature = sharding(mesh, None, FEATURE)
 
     def step(index: Array, table: Peaks) -> Peaks:
         def part(x: Array) -> Array:
@@ -143,9 +145,9 @@ def fold(
         return _raise_entries(table, jax.nn.relu(pre_bk), idx_bk, slot_b, position_b)
 
     empty = Peaks(
-        jnp.zeros((slots, features), jnp.float32),
-        jnp.full((slots, features), NOWHERE, jnp.int32),
-        jnp.zeros(features, jnp.int32),
+        jax.lax.with_sharding_constraint(jnp.zeros((slots, features), jnp.float32), by_feature),
+        jax.lax.with_sharding_constraint(jnp.full((slots, features), NOWHERE, jnp.int32), by_feature),
+        jax.lax.with_sharding_constraint(jnp.zeros(features, jnp.int32), sharding(mesh, FEATURE)),
     )
     return Table(jax.lax.fori_loop(0, chunks, step, empty), _segment_mean(content_btd, slot_bt, slots))
 

@@ -1,22 +1,27 @@
 """What is kept of each feature over a corpus, merged in any order, and the spans of text that show it.
 
 `FeatureStats` holds per feature its maximum, on how many documents and content tokens it is active (above 0), a
-histogram of its peaks per document over fixed bins, and its best documents. `merge` is associative and commutative, so
-parts of a corpus may be scanned apart and in any order. A span is the user's text around an activating token, that
-token included (the official code's spans stop before it).
+histogram of its peaks per document over fixed bins, and its best documents; its size depends on the number of features
+and spans, never on the corpus. `merge` is associative and commutative, so parts of a corpus may be scanned apart and in
+any order (`tally.py` makes the statistics of one part, on the device). A `Summary` has the words of the spans as well:
+they are cut for those that are kept, and for no other. A span is the user's text around an activating token, that token
+included (the official code's spans stop before it).
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 import numpy as np
-from jaxtyping import Bool, Float32, Int, Int64, Shaped, UInt64
+import pyarrow as pa
+from jaxtyping import Bool, Float32, Int, Int64, UInt64
 from transformers import PreTrainedTokenizerFast
 
 EDGES = 2.0 ** np.arange(-8, 12.5, 0.5)
 """Edges of the histogram, half octaves: bin j counts peaks in (EDGES[j-1], EDGES[j]], the last those above them all."""
 NO_ID = np.uint64(2**64 - 1)  # sorts last; stands where a feature has fewer documents than places
+TEXTS = pa.schema({"before": pa.string(), "token": pa.string(), "after": pa.string()})
 
 
 @dataclass(frozen=True)
@@ -29,51 +34,43 @@ class FeatureStats:
     histogram_fh: Int64[np.ndarray, "f h"]
     score_fn: Float32[np.ndarray, "f n"]
     id_fn: UInt64[np.ndarray, "f n"]
-    document_fn: Int64[np.ndarray, "f n"]
-    """Ordinal of the document in the corpus, -1 where there is none."""
     position_fn: Int64[np.ndarray, "f n"]
+    span_fn: Int64[np.ndarray, "f n"]
+    """Row of the span's words in a table of texts; -1 where there is no span."""
 
 
-def stats_of(
-    feature: Int[np.ndarray, " m"],
-    peak: Float32[np.ndarray, " m"],
-    position: Int[np.ndarray, " m"],
-    document: Int[np.ndarray, " m"],
-    id: UInt64[np.ndarray, " m"],
-    tokens_f: Int64[np.ndarray, " f"],
-    top: int,
-) -> FeatureStats:
-    """Statistics of m peaks above 0, one per (document, feature), in any order."""
-    features, bins = len(tokens_f), len(EDGES) + 1
-    max_f = np.zeros(features, np.float32)
-    np.maximum.at(max_f, feature, peak)
-    cells = feature.astype(np.int64) * bins + np.searchsorted(EDGES, peak, side="left")
-    order = np.lexsort((position, id, -peak, feature))
-    best = order[_rank_in_group(feature[order]) < top]
-    at = (feature[best], _rank_in_group(feature[best]))
+@dataclass(frozen=True)
+class Summary:
+    """Statistics with the words of their spans: `texts` has one row of TEXTS for each, in the order of `span_fn`."""
 
-    def places(values: np.ndarray, empty: object, dtype: type) -> np.ndarray:
-        table: np.ndarray = np.full((features, top), empty, dtype)
-        table[at] = values[best]
-        return table
+    stats: FeatureStats
+    texts: pa.Table
 
+
+def empty_stats(features: int, top: int) -> FeatureStats:
+    """Of no document at all."""
     return FeatureStats(
-        max_f=max_f,
-        documents_f=np.bincount(feature, minlength=features),
-        tokens_f=tokens_f,
-        histogram_fh=np.bincount(cells, minlength=features * bins).reshape(features, bins),
-        score_fn=places(peak, 0, np.float32),
-        id_fn=places(id, NO_ID, np.uint64),
-        document_fn=places(document, -1, np.int64),
-        position_fn=places(position, -1, np.int64),
+        max_f=np.zeros(features, np.float32),
+        documents_f=np.zeros(features, np.int64),
+        tokens_f=np.zeros(features, np.int64),
+        histogram_fh=np.zeros((features, len(EDGES) + 1), np.int64),
+        score_fn=np.zeros((features, top), np.float32),
+        id_fn=np.full((features, top), NO_ID),
+        position_fn=np.full((features, top), -1, np.int64),
+        span_fn=np.full((features, top), -1, np.int64),
     )
 
 
+def empty_summary(features: int, top: int) -> Summary:
+    """Of no document at all."""
+    return Summary(empty_stats(features, top), TEXTS.empty_table())
+
+
 def merge(a: FeatureStats, b: FeatureStats) -> FeatureStats:
-    """Statistics of two disjoint sets of documents together."""
+    """Statistics of two disjoint sets of documents together; their spans must be rows of one table of texts."""
     joined = {
         name: np.concatenate([getattr(a, name), getattr(b, name)], axis=1)
-        for name in ("score_fn", "id_fn", "document_fn", "position_fn")
+        for name in ("score_fn", "id_fn", "position_fn", "span_fn")
     }
     order = np.lexsort((joined["position_fn"], joined["id_fn"], -joined["score_fn"]))[:, : a.score_fn.shape[1]]
     return FeatureStats(
@@ -83,6 +80,27 @@ def merge(a: FeatureStats, b: FeatureStats) -> FeatureStats:
         histogram_fh=a.histogram_fh + b.histogram_fh,
         **{name: np.take_along_axis(table, order, axis=1) for name, table in joined.items()},
     )
+
+
+def extend(total: Summary, part: FeatureStats, cut: Callable[[Int64[np.ndarray, " m"]], pa.Table]) -> Summary:
+    """`total` with the documents of `part`, whose spans that are kept `cut` puts into words, by their `span_fn`."""
+    had = total.texts.num_rows
+    shifted = replace(part, span_fn=np.where(part.span_fn >= 0, part.span_fn + had, -1))
+    stats = merge(total.stats, shifted)
+    there = stats.span_fn >= 0
+    kept = stats.span_fn[there]
+    old = kept < had
+    words = pa.concat_tables([total.texts.take(kept[old]), cut(kept[~old] - had)])
+    place = np.empty(len(kept), np.int64)
+    place[np.concatenate([np.flatnonzero(old), np.flatnonzero(~old)])] = np.arange(len(kept))
+    span_fn = np.full(stats.span_fn.shape, -1, np.int64)
+    span_fn[there] = np.arange(len(kept))
+    return Summary(replace(stats, span_fn=span_fn), words.take(place).combine_chunks())
+
+
+def merge_summaries(a: Summary, b: Summary) -> Summary:
+    """Two disjoint sets of documents together: the same, in whatever order and grouping many are merged."""
+    return extend(a, b.stats, b.texts.take)
 
 
 def span_bounds(content: Bool[np.ndarray, " t"], position: int, span_tokens: int) -> tuple[int, int]:
@@ -115,10 +133,3 @@ def span_text(
 def decode(ids: Int[np.ndarray, " t"], tokenizer: PreTrainedTokenizerFast) -> str:
     """Text of token ids, spaces as they are; a token that is part of a character shows as the replacement character."""
     return str(tokenizer.decode(ids.tolist(), clean_up_tokenization_spaces=False))
-
-
-def _rank_in_group(sorted_values: Shaped[np.ndarray, " m"]) -> Int64[np.ndarray, " m"]:
-    """0, 1, 2, ... within each run of equal values."""
-    index = np.arange(len(sorted_values))
-    new = np.append(True, sorted_values[1:] != sorted_values[:-1])[: len(sorted_values)]
-    return index - np.maximum.accumulate(np.where(new, index, 0))

@@ -40,8 +40,9 @@ def write_scan(tmp_path: Path) -> Callable[..., Path]:
         ]
         pq.write_table(pa.Table.from_pylist(documents, DOCUMENTS), folder / "documents.parquet")
         pq.write_table(pa.Table.from_pylist(rows, PEAKS), folder / "peaks.parquet")
-        identity = Identity(name, "data", "model", 3, sae, peaks.shape[1], 2, "topk", 10, 32)
-        (folder / "scan.json").write_text(json.dumps({"identity": dataclasses.asdict(identity)}))
+        identity = Identity(name, "data", "model", 3, sae, peaks.shape[1], 2, "topk", 10, 32, "all")
+        counts = {"documents": len(documents)}
+        (folder / "scan.json").write_text(json.dumps({"identity": dataclasses.asdict(identity), "counts": counts}))
         return folder
 
     return write

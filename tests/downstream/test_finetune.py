@@ -72,8 +72,9 @@ class Experiment:
             })  # fmt: skip
         pq.write_table(pa.Table.from_pylist(documents, DOCUMENTS), folder / "documents.parquet")
         pq.write_table(PEAKS.empty_table(), folder / "peaks.parquet")
-        identity = Identity(name, "data", self.models.get(name, "model"), 3, "sae-1", 4, 2, "topk", 10, 32)
-        (folder / "scan.json").write_text(json.dumps({"identity": dataclasses.asdict(identity)}))
+        identity = Identity(name, "data", self.models.get(name, "model"), 3, "sae-1", 4, 2, "topk", 10, 32, "all")
+        counts = {"documents": len(documents)}
+        (folder / "scan.json").write_text(json.dumps({"identity": dataclasses.asdict(identity), "counts": counts}))
         return folder
 
 

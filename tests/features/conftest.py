@@ -11,10 +11,11 @@ from transformers import PreTrainedTokenizerFast
 
 from fac_jax.features.spans import Passages, read_passages
 from fac_jax.packing import encode, pack
-from fac_jax.scan.parts import Identity, begin, commit, finish
+from fac_jax.scan.parts import Identity
 from fac_jax.scan.peaks import BatchPeaks
-from fac_jax.scan.scan import Scan, load_scan
+from fac_jax.scan.scan import Scan
 from fac_jax.text import Turn, make_document
+from tests.scan.written_scan import write_scan
 from tests.word_tokenizer import word_tokenizer
 
 VILE, ANIMALS, PLAIN = ["vile", "cruel"], ["dog", "cat"], ["the", "a", "is", "was", "very", "so"]
@@ -44,10 +45,7 @@ def make_scan(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> Callable[..
             ]
             text = " ".join(map(str, generator.permutation(words)))
             documents.append(make_document([Turn("user", text)], float(vile) if labels else None, "toy"))
-        folder = tmp_path / "scans" / "anchor"
-        folder.mkdir(parents=True)
-        identity = Identity("anchor", "data", "model", 3, sae, FEATURES, 2, "topk", 4, 8)
-        begin(folder, identity)
+        identity, scored = Identity("anchor", "data", "model", 3, sae, FEATURES, 2, "topk", 4, 8, "all"), []
         for batch in pack((encode(d, tokenizer, 32) for d in documents), 8, 128):
             rows = []
             for slot, encoded in enumerate(batch.documents):
@@ -64,9 +62,8 @@ def make_scan(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> Callable[..
             tokens_f = np.bincount(whole[1], minlength=FEATURES)
             peak, position = table[:, 2].astype(np.float32), whole[2].astype(np.int32)
             means = np.zeros((len(batch.documents), 1), np.float32)  # nothing here asks for them
-            commit(folder, [(batch, BatchPeaks(whole[0], whole[1], peak, position, tokens_f, means))])
-        finish(folder, identity, tokenizer, [])
-        return load_scan(folder)
+            scored.append((batch, BatchPeaks(whole[0], whole[1], peak, position, tokens_f, means)))
+        return write_scan(tmp_path / "scans" / "anchor", identity, scored, tokenizer)
 
     return make
 

@@ -36,6 +36,7 @@ from fac_jax.llm.client import Request
 from fac_jax.llm.fake import FakeGenerator
 from fac_jax.sae.model import SAE
 from fac_jax.scan.scan import Scan
+from tests.scan.written_scan import altered
 
 Make = Callable[..., Scan]
 WIDTH = 5
@@ -86,15 +87,13 @@ def test_tokens_are_named_from_one_half(make_scan: Make) -> None:
     named = named_tokens(passages, held_nv, 3)
     rows = np.repeat(np.arange(len(scan.ids_n)), np.diff(scan.peaks_nf.indptr))
     vile = (scan.peaks_nf.indices == ON_VILE) & ~half_n[rows]
-    changed = dataclasses.replace(scan, token_ids_m=np.where(vile, WORDS.index("the"), scan.token_ids_m))
+    changed = altered(scan, token_ids_m=np.where(vile, WORDS.index("the"), scan.token_ids_m))
     assert named_tokens(read_passages(changed), held_nv, 3) == named
     only = scan.peaks_nf.copy()
     only.data = np.where((only.indices == ON_VILE) & half_n[rows], 0, only.data)
     kept = only.data > 0
     only.eliminate_zeros()
-    rest = dataclasses.replace(
-        scan, peaks_nf=only, token_ids_m=scan.token_ids_m[kept], positions_m=scan.positions_m[kept]
-    )
+    rest = altered(scan, peaks_nf=only, token_ids_m=scan.token_ids_m[kept], positions_m=scan.positions_m[kept])
     elsewhere = named_tokens(read_passages(rest), held_nv, 3)
     assert set(elsewhere[ON_VILE]) == {WORDS.index(word) for word in VILE}
     assert elsewhere[ON_VILE] == fires_on(scan, held_nv, 3, ~half_n)[ON_VILE]

@@ -19,6 +19,7 @@ from fac_jax.llm.client import Request
 from fac_jax.llm.fake import FakeGenerator
 from fac_jax.llm.question import data_shown
 from fac_jax.scan.scan import Scan
+from tests.scan.written_scan import altered
 
 Make = Callable[..., Scan]
 ON_VILE, ON_ANIMALS, ON_EVERYTHING, ON_ONE = range(4)  # as in conftest.py
@@ -46,7 +47,7 @@ def test_no_labels(make_scan: Make, tmp_path: Path) -> None:
 
 def test_labels_of_one_kind(make_scan: Make, tmp_path: Path) -> None:
     scan = make_scan()
-    one_kind = dataclasses.replace(scan, labels_n=scan.labels_n * 0)
+    one_kind = altered(scan, labels_n=scan.labels_n * 0)
     with pytest.raises(UserError, match="data.anchor has 0 positive and 120 negative documents"):
         module.judge_embedded(one_kind, JudgeConfig())
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +31,7 @@ from tests.features.topics import (
     decoder,
     topics_tokenizer,
 )
+from tests.scan.written_scan import altered
 
 
 @pytest.fixture(scope="session")
@@ -110,7 +110,7 @@ def test_no_document_explains_and_scores_a_feature(scan: Scan, case: tuple[int, 
     rows = np.repeat(np.arange(len(scan.ids_n)), np.diff(peaks.indptr))
     pick = (random.random(len(rows)) * np.array([len(places) for places in content])[rows]).astype(int)
     positions = np.array([content[row][place] for row, place in zip(rows, pick, strict=True)], np.int32)
-    noise = read_passages(dataclasses.replace(scan, peaks_nf=peaks, positions_m=positions))
+    noise = read_passages(altered(scan, peaks_nf=peaks, positions_m=positions))
     choice = ExplainConfig(protocol=protocol, spans=spans)
     trials = choose_trials(noise, range(FEATURES), decoder(), spans, seed=1)
     for feature in range(FEATURES):
@@ -126,6 +126,6 @@ def test_no_document_explains_and_scores_a_feature(scan: Scan, case: tuple[int, 
 
 def test_the_split_does_not_depend_on_the_order_of_documents(tmp_path: Path, scan: Scan, passages: Passages) -> None:
     ids = scan.ids_n[::-1]
-    turned = dataclasses.replace(scan, ids_n=ids)
+    turned = altered(scan, ids_n=ids)
     assert read_passages(turned).explaining_n.tolist() == passages.explaining_n[::-1].tolist()
     assert 0.4 < passages.explaining_n.mean() < 0.6

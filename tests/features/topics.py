@@ -13,10 +13,11 @@ import numpy as np
 from transformers import PreTrainedTokenizerFast
 
 from fac_jax.packing import encode, pack
-from fac_jax.scan.parts import Identity, begin, commit, finish
+from fac_jax.scan.parts import Identity
 from fac_jax.scan.peaks import BatchPeaks
-from fac_jax.scan.scan import Scan, load_scan
+from fac_jax.scan.scan import Scan
 from fac_jax.text import Turn, make_document
+from tests.scan.written_scan import write_scan
 from tests.word_tokenizer import word_tokenizer
 
 TOPICS, SILENT, WIDTH, SPAN_TOKENS = 150, 2, 16, 8
@@ -48,9 +49,8 @@ def make_topics_scan(folder: Path, count: int = 1_000) -> Scan:
             words = [*random.choice(PLAIN, size), *random.choice(TOPIC_WORDS, 3)]
             turns.append(Turn("user", " ".join(map(str, random.permutation(words)))))
         documents.append(make_document(turns, None, "topics"))
-    folder.mkdir(parents=True)
-    identity = Identity("anchor", "data", "model", 3, "sae-1", FEATURES, 2, "topk", 4, SPAN_TOKENS)
-    begin(folder, identity)
+    identity = Identity("anchor", "data", "model", 3, "sae-1", FEATURES, 2, "topk", 4, SPAN_TOKENS, "all")
+    scored = []
     for batch in pack((encode(document, tokenizer, 64) for document in documents), 8, 128):
         rows = []
         for slot, encoded in enumerate(batch.documents):
@@ -61,6 +61,5 @@ def make_topics_scan(folder: Path, count: int = 1_000) -> Scan:
         tokens_f = np.bincount(features, minlength=FEATURES)
         means = np.zeros((len(batch.documents), 1), np.float32)
         found = BatchPeaks(slots, features, peaks.astype(np.float32), positions.astype(np.int32), tokens_f, means)
-        commit(folder, [(batch, found)])
-    finish(folder, identity, tokenizer, [])
-    return load_scan(folder)
+        scored.append((batch, found))
+    return write_scan(folder, identity, scored, tokenizer)

@@ -12,15 +12,18 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from fac_jax.config import BackboneConfig, Config, DataSet, ScanConfig, Source
-from fac_jax.errors import UserError
-from fac_jax.packing import encode, pack
+from fac_jax.errors import Unfinished, UserError
+from fac_jax.packing import encode
 from fac_jax.sae.checkpoint import LoadedSae, load_sae, save_sae
 from fac_jax.sae.model import SAE
+from fac_jax.scan import parts, units
 from fac_jax.scan import scan as module
-from fac_jax.scan.scan import check_sae, load_scan, peaks_of, scan
+from fac_jax.scan.scan import check_sae, kept_features, load_scan, peaks_of, scan
 from fac_jax.text import read_documents
 from tests.word_tokenizer import word_tokenizer
 
@@ -51,7 +54,7 @@ def config(tmp_path: Path, backbone: Any, monkeypatch: pytest.MonkeyPatch) -> Co
 
     monkeypatch.setattr(module, "load_backbone", load_backbone)
     monkeypatch.setattr(module, "load_sae", lambda folder, *expected: sae_of(int(folder.name.removeprefix("sae"))))
-    monkeypatch.setattr(module, "make_mesh", lambda config: _mesh())
+    monkeypatch.setattr(module, "own_mesh", lambda config, devices: _mesh())
     generator = np.random.default_rng(3)
     rows = [
         {"text": " ".join(generator.choice(WORDS[2:], generator.integers(1, 12))), "harm": int(i % 2)}
@@ -75,7 +78,7 @@ def _mesh() -> Any:
 
 def run(config: Config, out: Path, name: str = "anchor", sae: str = "sae1", **inputs: Path) -> dict[str, Any]:
     out.mkdir(exist_ok=True)
-    return scan(config, out, {"sae": Path(sae), **inputs}, name)
+    return scan(config, out, {"sae": Path(sae), **inputs}, name, config.scan.peaks)
 
 
 def fingerprints(out: Path) -> dict[str, str]:
@@ -155,34 +158,93 @@ def test_documents_keep_their_identity(config: Config, tmp_path: Path) -> None:
     assert rows[0]["turns"] == [{"role": "user", "content": documents[0].text}] and rows[0]["source"] == "rows.jsonl:1"
 
 
-@pytest.mark.parametrize("dies_at", [0, 1, 3])
+@pytest.mark.parametrize("peaks", ["all", "none"])
+@pytest.mark.parametrize("dies_at", [0, 1, 4, 6])
+@pytest.mark.parametrize("last", ["written", "not written"])
 def test_killed_and_run_again_gives_the_same_bytes(
-    config: Config, tmp_path: Path, dies_at: int, monkeypatch: pytest.MonkeyPatch
+    config: Config, tmp_path: Path, peaks: str, dies_at: int, last: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    config = dataclasses.replace(config, scan=dataclasses.replace(config.scan, peaks=peaks))
+    monkeypatch.setattr(module, "COMMIT_DOCUMENTS", 6)
+    monkeypatch.setattr(units, "UNIT_DOCUMENTS", 25)
+    monkeypatch.setattr(parts, "UNIT_DOCUMENTS", 25)
     whole = run(config, tmp_path / "whole")
-    monkeypatch.setattr(module, "PART_BATCHES", 2)
-    dispatched, commits = _count_calls(monkeypatch, "dispatch"), module.commit
+    dispatched, commits, done = _count_calls(monkeypatch, "dispatch"), parts.commit, []
 
-    def dying(out: Path, group: Any) -> None:
-        if len(list((out / "parts").glob("0*"))) == dies_at:
+    def dying(*args: Any) -> None:
+        if len(done) == dies_at:
+            if last == "written":  # killed just behind a commit, or between the piece and its state
+                commits(*args)
             raise KeyboardInterrupt
-        commits(out, group)
+        commits(*args)
+        done.append(args[1].counts.documents)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(module, "commit", dying)
+        patch.setattr(parts, "commit", dying)
         run(config, tmp_path / "cut")
-    (tmp_path / "cut" / "parts" / ".half-written").mkdir()
+    if peaks == "all":
+        (tmp_path / "cut" / "shares" / "1-of-1" / "pieces" / ".half-written").mkdir()
+    state = parts.read_state(tmp_path / "cut" / "shares" / "1-of-1")
+    at = 0 if state is None else state.counts.documents
+    assert at >= (done[-1] if done else 0)
     before = dispatched()
     assert run(config, tmp_path / "cut") == whole
-    batches = len(
-        list(pack((encode(d, _tokenizer(config), 16) for d in read_documents(config.data["anchor"], "a")), 2, 16))
-    )
-    assert dispatched() - before == batches - 2 * dies_at, "committed batches are not computed again"
+    left = list(read_documents(config.data["anchor"], "a"))[at:]
+    assert dispatched() - before <= len(left), "committed documents are not computed again"
     assert fingerprints(tmp_path / "cut") == fingerprints(tmp_path / "whole")
 
 
-def _tokenizer(config: Config) -> Any:
-    return module.load_backbone("", 3, "auto", _mesh()).tokenizer
+@pytest.mark.parametrize("peaks", ["all", "none"])
+def test_shares_together_are_what_one_makes(
+    config: Config, tmp_path: Path, peaks: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(units, "UNIT_DOCUMENTS", 7)
+    monkeypatch.setattr(parts, "UNIT_DOCUMENTS", 7)
+    config = dataclasses.replace(config, scan=dataclasses.replace(config.scan, peaks=peaks))
+    whole = run(config, tmp_path / "whole")
+    for share in ("3/3", "1/3"):
+        one = dataclasses.replace(config, scan=dataclasses.replace(config.scan, share=share))
+        with pytest.raises(Unfinished, match="not finished in"):
+            run(one, tmp_path / "shared")
+    other = dataclasses.replace(config, scan=dataclasses.replace(config.scan, share="1/2"))
+    with pytest.raises(UserError, match="is a share of 3, this is one of 2: go on with as many"):
+        run(other, tmp_path / "shared")
+    last = dataclasses.replace(config, scan=dataclasses.replace(config.scan, share="2/3"))
+    assert run(last, tmp_path / "shared") == whole
+    assert fingerprints(tmp_path / "shared") == fingerprints(tmp_path / "whole")
+
+
+def test_without_single_documents(config: Config, tmp_path: Path) -> None:
+    run(config, tmp_path / "all")
+    bare = dataclasses.replace(config, scan=dataclasses.replace(config.scan, peaks="none"))
+    run(bare, tmp_path / "none")
+    assert {file.name for file in (tmp_path / "none").iterdir()} == {"features.parquet", "scan.json"}
+    every, found = load_scan(tmp_path / "all").features().to_pylist(), load_scan(tmp_path / "none").features()
+    for row in every:
+        for span in row["spans"]:
+            assert span["document"] is not None
+            span["document"] = None
+    assert found.to_pylist() == every
+    with pytest.raises(UserError, match="kept no single documents .*: run `fac scan CONFIG --data anchor --scan.peaks"):
+        load_scan(tmp_path / "none").peaks_nf  # noqa: B018
+
+
+def test_peaks_of_chosen_features(config: Config, tmp_path: Path) -> None:
+    run(config, tmp_path / "all")
+    pq.write_table(pa.table({"feature": [11, 2, 11]}), tmp_path / "wanted.parquet")
+    chosen = dataclasses.replace(config, scan=dataclasses.replace(config.scan, peaks=str(tmp_path / "wanted.parquet")))
+    run(chosen, tmp_path / "chosen")
+    every, found = load_scan(tmp_path / "all"), load_scan(tmp_path / "chosen")
+    assert set(found.peaks_nf.indices.tolist()) == {2, 11}
+    assert (found.peaks_nf[:, [2, 11]] != every.peaks_nf[:, [2, 11]]).nnz == 0
+    assert found.features().equals(every.features())
+    for setting, message in (("some", "must be all, none, or a parquet file"), (str(tmp_path / "no"), "must be all")):
+        with pytest.raises(UserError, match=message):
+            kept_features(setting, FEATURES)
+    for features in ([], [FEATURES], [-1]):
+        pq.write_table(pa.table({"feature": pa.array(features, pa.int64())}), tmp_path / "wrong.parquet")
+        with pytest.raises(UserError, match="scan.peaks: .*wrong.parquet lists .*; the SAE has 16"):
+            kept_features(str(tmp_path / "wrong.parquet"), FEATURES)
 
 
 def _count_calls(monkeypatch: pytest.MonkeyPatch, name: str) -> Callable[[], int]:
@@ -204,14 +266,16 @@ def test_killed_after_the_product_was_written(config: Config, tmp_path: Path, mo
     assert fingerprints(tmp_path / "out") == before
 
 
-def test_a_missing_piece_is_named(config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "PART_BATCHES", 2)
+@pytest.mark.parametrize("which", [0, 2, -1])
+def test_a_missing_piece_is_named(config: Config, tmp_path: Path, which: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "COMMIT_DOCUMENTS", 6)
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(module, "finish", _interrupt)
+        patch.setattr(parts, "finish", _interrupt)
         run(config, tmp_path / "out")
-    second = sorted((tmp_path / "out" / "parts").glob("0*"))[1]
-    second.rename(tmp_path / "elsewhere")
-    with pytest.raises(UserError, match="lacks the piece with documents"):
+    piece = sorted((tmp_path / "out" / "shares" / "1-of-1" / "pieces").iterdir())[which]
+    piece.rename(tmp_path / "elsewhere")
+    _, first, after = (int(number) for number in piece.name.split("-"))
+    with pytest.raises(UserError, match=f"lack documents {first} to {after}: delete these folders to scan again"):
         run(config, tmp_path / "out")
 
 

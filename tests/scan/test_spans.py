@@ -6,10 +6,21 @@ import dataclasses
 from functools import reduce
 
 import numpy as np
+import pyarrow as pa
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fac_jax.scan.spans import EDGES, FeatureStats, merge, span_bounds, stats_of
+from fac_jax.scan.spans import (
+    EDGES,
+    TEXTS,
+    FeatureStats,
+    empty_summary,
+    extend,
+    merge,
+    merge_summaries,
+    span_bounds,
+)
+from tests.scan.reference_stats import stats_of
 
 FEATURES, TOP = 5, 3
 peak_values = st.sampled_from([0.25, 0.5, 1.0, 1.25, 4.0, 5000.0])
@@ -40,7 +51,7 @@ def test_against_brute_force(peaks: dict[tuple[int, int], tuple[float, int]]) ->
         assert found.documents_f[f] == len(mine)
         best = sorted(mine, key=lambda row: (-row[0], row[1], row[2]))[:TOP]
         assert [(s, i, t, d) for s, i, t, d in zip(
-            found.score_fn[f], found.id_fn[f], found.position_fn[f], found.document_fn[f], strict=True
+            found.score_fn[f], found.id_fn[f], found.position_fn[f], found.span_fn[f], strict=True
         ) if d >= 0] == best  # fmt: skip
         for j in range(len(EDGES)):  # peaks above an edge, strictly, are those of the later bins
             assert found.histogram_fh[f, j + 1 :].sum() == sum(p > EDGES[j] for p, *_ in mine)
@@ -70,6 +81,36 @@ def test_span_holds_the_token_and_stays_in_the_turn(content: list[bool], data: s
     if stop - start < room:  # no room is left unused while the turn has tokens
         assert start == 0 or not content[start - 1]
         assert stop == len(content) or not content[stop]
+
+
+@settings(max_examples=60)
+@given(corpora, st.lists(st.integers(0, 11), max_size=4), st.randoms(use_true_random=False))
+def test_words_follow_their_spans(
+    peaks: dict[tuple[int, int], tuple[float, int]], cuts: list[int], random: object
+) -> None:
+    groups = np.searchsorted(sorted(cuts), np.arange(12), side="right")
+    asked: list[int] = []
+
+    def cut(documents: np.ndarray) -> pa.Table:  # span_fn is the document here
+        asked.extend(documents.tolist())
+        return pa.table({name: [f"{name} {d}" for d in documents.tolist()] for name in TEXTS.names}, schema=TEXTS)
+
+    parts = [
+        extend(empty_summary(FEATURES, TOP), stats({k: v for k, v in peaks.items() if groups[k[0]] == g}), cut)
+        for g in range(len(cuts) + 1)
+    ]
+    asked.clear()
+    whole = extend(empty_summary(FEATURES, TOP), stats(peaks), cut)
+    assert len(asked) == (whole.stats.span_fn >= 0).sum() == whole.texts.num_rows, "cut for what is kept alone"
+    documents = stats(peaks).span_fn
+    words = whole.texts["token"].to_pylist()
+    for place, row in np.ndenumerate(whole.stats.span_fn):
+        assert (documents[place] < 0) == (row < 0)
+        assert row < 0 or words[row] == f"token {documents[place]}"
+    random.shuffle(parts)  # type: ignore[attr-defined]
+    merged = reduce(merge_summaries, parts)
+    assert same(merged.stats, whole.stats) and merged.texts.equals(whole.texts)
+    assert reduce(lambda a, b: merge_summaries(b, a), parts).texts.equals(whole.texts)
 
 
 def test_span_is_mostly_what_came_before() -> None:
