@@ -100,6 +100,8 @@ def _dispatch(arguments: list[str]) -> int:
     verb = VERBS[name]
     if verb.function is None:
         return _store(rest) if name == "store" else _bench(rest)
+    if name == "scan" and rest[:1] == ["merge"]:
+        return _merge_scans(rest[1:])
     action = rest.pop(0) if verb.actions and rest and not rest[0].startswith("-") else None
     if verb.actions and action not in verb.actions and "-h" not in rest and "--help" not in rest:
         what = f"has no {action!r}{suggest(action, verb.actions)}" if action else "needs to know what to do"
@@ -337,6 +339,29 @@ def _store(arguments: list[str]) -> int:
     return 0
 
 
+MERGE_USAGE = """usage: fac scan merge INTO FROM FROM...   one scan, in the new folder INTO, of several
+
+Each FROM is a scan's folder, such as runs/quickstart/scans/anchor: finished scans of different data sets, made with the
+same model and SAE; or the shares of one data set that --scan.share made in several run directories."""
+
+
+def _merge_scans(arguments: list[str]) -> int:
+    """Scans to one scan; returns the exit status."""
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(MERGE_USAGE)
+        return 0 if arguments else 2
+    into, *folders = arguments
+    if not folders or any(word.startswith("-") for word in arguments):
+        raise UserError(f"`fac scan merge {' '.join(arguments)}` has too few words, or flags\n{MERGE_USAGE}")
+    from pathlib import Path
+
+    from fac_jax.scan.merge import merge_scans
+
+    counts = merge_scans(Path(into), [Path(folder) for folder in folders])
+    print(f"{into}: {counts['documents']:,} documents, {counts['active_features']:,} active features")
+    return 0
+
+
 def _bench(arguments: list[str]) -> int:
     from fac_jax.scale.bench import main as bench
 
@@ -401,7 +426,8 @@ VERBS = {
         "the model's loss with the autoencoder spliced in", (*_BASE, "harvest", "train", "scan", "splice"), _stage
     ),
     "scan": Verb(
-        "a corpus to per-feature statistics, spans and per-sample peaks", (*_BASE, "coverage", "scan"), _stage
+        "a corpus to per-feature statistics, spans and per-sample peaks; `fac scan merge INTO FROM...` joins scans",
+        *((*_BASE, "coverage", "scan"), _stage),
     ),
     "explain": Verb("features to text", ("run", "mesh", "backbone", "explain", "llm"), _stage),
     "judge": Verb("features to task relevance", ("run", "judge", "llm"), _stage),

@@ -111,7 +111,8 @@ class Loaded:
                         f"{rows} rows do not divide over mesh.data={data}; "
                         "set backbone.rows_per_batch to a multiple of it"
                     )
-                return program(state, *args)
+                # jit itself takes no numpy batch for several devices where there are several processes
+                return program(state, *jax.device_put(args, inputs))
 
             self.compiled[key] = call
         return self.compiled[key]
