@@ -1,4 +1,4 @@
-"""What servers of corpora do: a proxy that breaks connections off, one that never answers, and a small model hub.
+"""What servers of corpora do: break connections off, never answer, refuse; and a small model hub.
 
 python remote_corpora.py PORT     the proxy; a process of its own, as pyarrow asks for the first bytes of an object of
                                   Google's while it keeps all other threads from running
@@ -86,6 +86,38 @@ def silent_server() -> Iterator[int]:
         yield listener.getsockname()[1]
 
 
+@contextmanager
+def refusing_server(status: int) -> Iterator[str]:
+    """The address of a server that answers everything with `status`."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(status)
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+
+        do_HEAD = do_GET
+
+        def log_message(self, *arguments: Any) -> None:
+            pass
+
+    with _serving(ThreadingHTTPServer(("127.0.0.1", 0), Handler)) as address:
+        yield address
+
+
+@contextmanager
+def _serving(server: ThreadingHTTPServer) -> Iterator[str]:
+    server.daemon_threads = True
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05})
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{server.server_address[1]}"
+    finally:
+        server.shutdown()
+        thread.join()
+        server.server_close()
+
+
 class Hub:
     """A data set `owner/name` with `files`, answered as the hub does: information, tree, paths, ranges of files."""
 
@@ -113,7 +145,6 @@ class Hub:
                 pass
 
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.server.daemon_threads = True
         self.url = f"http://127.0.0.1:{self.server.server_address[1]}"
 
     def commit(self) -> str:
@@ -179,14 +210,8 @@ class Hub:
 def hub_server(files: dict[str, bytes]) -> Iterator[Hub]:
     """A `Hub` that runs."""
     hub = Hub(files)
-    thread = threading.Thread(target=hub.server.serve_forever, kwargs={"poll_interval": 0.05})
-    thread.start()
-    try:
+    with _serving(hub.server):
         yield hub
-    finally:
-        hub.server.shutdown()
-        thread.join()
-        hub.server.server_close()
 
 
 if __name__ == "__main__":
