@@ -96,14 +96,17 @@ class RemoteFile(io.RawIOBase):
 def patiently(call: Callable[[], T], seconds: float) -> T:
     """`call()`, tried again with growing pauses while its OSError may pass; raises the last one after `seconds`."""
     until, pause = time.monotonic() + seconds, 0.5
+    said: OSError | None = None
     while True:
         try:
             return _within(until - time.monotonic(), call)
         except (FileNotFoundError, PermissionError):
             raise
         except OSError as error:
+            # That the time is over says less than what the server said before.
+            said = said if said and isinstance(error, TimeoutError) else error
             if LASTING.search(str(error)) or time.monotonic() + pause > until:
-                raise
+                raise said from None
         time.sleep(pause)
         pause = min(2 * pause, 8.0)
 

@@ -153,7 +153,10 @@ class Hub:
 
     def _entry(self, path: str) -> dict[str, Any]:
         content = self.files[path]
-        return {"type": "file", "path": path, "size": len(content), "oid": hashlib.sha1(content).hexdigest()}
+        entry = {"type": "file", "path": path, "size": len(content), "oid": hashlib.sha1(content).hexdigest()}
+        if path.endswith(".parquet"):
+            entry["lfs"] = {"oid": hashlib.sha256(content).hexdigest(), "size": len(content), "pointerSize": 130}
+        return entry
 
     def _get(self, request: BaseHTTPRequestHandler) -> None:
         path = unquote(urlsplit(request.path).path)

@@ -172,6 +172,26 @@ def test_what_is_missing_is_named(server: Server, url: str) -> None:
         assert f"{path}: needs the form {scheme}://BUCKET/PATH" in error_of(path)
 
 
+def test_what_passes_is_tried_again_and_the_reason_is_what_was_said() -> None:
+    tries: list[float] = []
+
+    def call(failures: int, then_s: float) -> str:
+        tries.append(time.monotonic())
+        if len(tries) <= failures:
+            raise ConnectionError("refused")
+        time.sleep(then_s)
+        return "well"
+
+    assert remote_file.patiently(lambda: call(1, 0.0), 5.0) == "well" and len(tries) == 2
+    tries.clear()
+    with pytest.raises(ConnectionError, match="refused"):
+        remote_file.patiently(lambda: call(1, 2.0), 1.0)
+    assert len(tries) == 2
+    tries.clear()
+    with pytest.raises(TimeoutError, match="no answer in"):
+        remote_file.patiently(lambda: call(0, 2.0), 0.6)
+
+
 @pytest.mark.parametrize("status", [401, 403])
 @pytest.mark.parametrize(("scheme", "remedy"), [("s3", "AWS_ACCESS_KEY_ID"), ("gs", "GOOGLE_APPLICATION_CREDENTIALS")])
 def test_a_refusal_names_the_credentials(
