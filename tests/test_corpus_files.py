@@ -80,9 +80,9 @@ def corpus(folder: Path) -> Path:
     """Files of every kind in folders, among them parquet with two row groups and columns that nobody asks for."""
     (folder / "sub/deep").mkdir(parents=True)
     with pa.CompressedOutputStream(str(folder / "a.jsonl.zst"), "zstd") as stream:
-        stream.write(jsonl(3000))
-    rows = [{"label": i % 2, "text": f"row {i}", "more": os.urandom(400), "other": i} for i in range(1000)]
-    pq.write_table(pa.Table.from_pylist(rows), folder / "b.parquet", row_group_size=600)
+        stream.write(jsonl(600))
+    rows = [{"label": i % 2, "text": f"row {i}", "more": os.urandom(1000), "other": i} for i in range(400)]
+    pq.write_table(pa.Table.from_pylist(rows), folder / "b.parquet", row_group_size=250)
     (folder / "c.jsonl").write_bytes(b"\xef\xbb\xbf" + jsonl(50, 5000))
     (folder / "sub/d.csv").write_text("\ufefftext,n\none,1\ntwo,2\n")
     (folder / "sub/deep/e.txt").write_text("alpha\nbeta\n")
@@ -130,9 +130,9 @@ def test_the_documents_are_those_of_the_local_copy(server: Server, url: str, tmp
     for pattern in ("a.jsonl.zst", "c.jsonl", "sub/*", "**/*"):
         assert read(f"{url}/{pattern}") == read(f"{folder}/{pattern}")
     labelled = read(f"{url}/*.parquet", label="label")
-    assert labelled == read(f"{folder}/b.parquet", label="label") and len(labelled) == 1000
+    assert labelled == read(f"{folder}/b.parquet", label="label") and len(labelled) == 400
     numbered = [n for n, _ in row_documents(Source(f"{url}/*"), "stop", [])]
-    assert numbered == [0] * 3000 + [1] * 1000 + [2] * 50
+    assert numbered == [0] * 600 + [1] * 400 + [2] * 50
     assert [f.size for f in resolve(f"{url}/*")] == [f.size for f in resolve(f"{folder}/*")]
 
 
@@ -214,34 +214,34 @@ def test_a_refusal_names_the_credentials(
 def test_an_object_that_changes_stops_the_run(server: Server, url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also one that has as many bytes as before, and also when bad rows are left out."""
     monkeypatch.setattr(text, "BLOCK_BYTES", 4096)
-    put(f"{url}/a.jsonl", jsonl(9999))
+    put(f"{url}/a.jsonl", jsonl(4000))
     documents = read_documents(DataSet((Source(f"{url}/a.jsonl"),), on_bad_row="skip"), "x")
     assert next(documents).text == "document 0"
-    put(f"{url}/a.jsonl", jsonl(9999).replace(b"document", b"DOCUMENT"))
+    put(f"{url}/a.jsonl", jsonl(4000).replace(b"document", b"DOCUMENT"))
     texts = []
     with pytest.raises(UserError, match=r"a.jsonl changed or was deleted while it was read \(at byte [\d,]+ of"):
         for document in documents:
             texts.append(document.text)
-    assert len(texts) < 9999 and not any("DOCUMENT" in one for one in texts)
+    assert len(texts) < 4000 and not any("DOCUMENT" in one for one in texts)
 
 
 @pytest.mark.parametrize("kind", ["jsonl", "parquet"])
 def test_a_broken_connection_is_no_end_of_file(
     server: Server, url: str, kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(text, "BLOCK_BYTES", 64 * 1024)
+    monkeypatch.setattr(text, "BLOCK_BYTES", 16 * 1024)
     monkeypatch.setattr(remote_file, "READ_S", 1.0)
-    content = jsonl(9999)
+    content = jsonl(4000)
     if kind == "parquet":
         pq.write_table(
-            pa.table({"text": [os.urandom(99).hex() for _ in range(9999)]}), tmp_path / "a", row_group_size=99
+            pa.table({"text": [os.urandom(99).hex() for _ in range(4000)]}), tmp_path / "a", row_group_size=99
         )
         content = (tmp_path / "a").read_bytes()
     put(f"{url}/a.{kind}", content)
     name, address = endpoint()
     with proxy(urllib.parse.urlsplit(address).port or 0) as between:
         monkeypatch.setenv(name, f"http://127.0.0.1:{between.port}")
-        assert len(read(f"{url}/a.{kind}")) == 9999
+        assert len(read(f"{url}/a.{kind}")) == 4000
         documents = read_documents(DataSet((Source(f"{url}/a.{kind}"),), on_bad_row="skip"), "x")
         next(documents)
         between.cut_after(2_000)
@@ -333,15 +333,15 @@ class CountedFile(LocalFile):
 
 def test_parquet_is_streamed_and_only_the_columns_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "a.parquet"
-    noise = np.random.default_rng(0).integers(0, 2**60, 20_000)
-    messages = [[{"role": "user", "content": f"row {i} {noise[-i]}"}] for i in range(20_000)]
-    pq.write_table(pa.table({"noise": noise, "messages": messages, "label": noise % 2}), path, row_group_size=2000)
+    noise = np.random.default_rng(0).integers(0, 2**60, 12_000)
+    messages = [[{"role": "user", "content": f"row {i} {noise[-i]}"}] for i in range(12_000)]
+    pq.write_table(pa.table({"noise": noise, "messages": messages, "label": noise % 2}), path, row_group_size=1200)
     monkeypatch.setattr(text, "BLOCK_BYTES", 4096)
     monkeypatch.setattr(text, "resolve", lambda _: [CountedFile(path.name, path.stat().st_size, path)])
     documents = read_documents(DataSet((Source("x", text="messages", label="label"),)), "x")
     first, taken_first = next(documents), CountedFile.taken
     found = [first, *documents]
-    assert found[1].text == f"row 1 {noise[-1]}" and len(found) == 20_000
+    assert found[1].text == f"row 1 {noise[-1]}" and len(found) == 12_000
     assert found[7].label == noise[7] % 2
     assert 0 < CountedFile.taken < path.stat().st_size - noise.nbytes / 2
     assert taken_first < CountedFile.taken / 3, "it is streamed"
