@@ -112,7 +112,8 @@ class Source:
     """Files of one kind, and which of their rows are taken."""
 
     path: str
-    """File, glob, or pkg://PACKAGE/GLOB inside an installed package."""
+    """File, glob, or pkg://PACKAGE/GLOB inside an installed package; s3://BUCKET/GLOB, gs://BUCKET/GLOB, or
+    hf://datasets/OWNER/NAME[@REVISION][/GLOB]."""
     format: Literal["auto", "jsonl", "json", "csv", "tsv", "parquet", "txt", "chitchat"] = "auto"
     """How the file is read; auto goes by its ending (.gz and .zst are opened)."""
     text: str = "text"

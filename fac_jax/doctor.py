@@ -14,11 +14,11 @@ from pathlib import Path
 import jax
 
 from fac_jax.config import Config
+from fac_jax.corpus_files import local_files, resolve
 from fac_jax.errors import UserError
 from fac_jax.llm.http import HttpGenerator
 from fac_jax.mesh import make_mesh
 from fac_jax.runs import versions
-from fac_jax.text import resolve
 
 PATIENCE_S = 30.0
 """Seconds for a server to answer; one that loads its model first may take longer, and is not ready then."""
@@ -58,7 +58,7 @@ def _mesh(config: Config) -> str:
 def _model(config: Config) -> str:
     source = config.backbone.model
     if source.startswith("pkg://") or source.endswith(".gguf"):
-        (file,) = resolve(source)
+        (file,) = local_files(source)
         return f"{file.name}, {file.stat().st_size / 2**20:,.0f} MiB"
     return (
         f"{source} ({'a local directory' if Path(source).is_dir() else 'fetched from the model hub at the first run'})"
@@ -67,7 +67,7 @@ def _model(config: Config) -> str:
 
 def _data(config: Config, name: str) -> str:
     files = [file for source in config.data[name].sources for file in resolve(source.path)]
-    return f"{len(files)} files, {sum(file.stat().st_size for file in files) / 2**20:,.2f} MiB"
+    return f"{len(files)} files, {sum(file.size for file in files) / 2**20:,.2f} MiB"
 
 
 def _disk(config: Config) -> str:

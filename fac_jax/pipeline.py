@@ -19,6 +19,8 @@ from typing import Any
 from fac_jax.activations.harvest import harvest
 from fac_jax.activations.store import read_manifest, stores_at
 from fac_jax.config import Config, DataSet, ScanConfig, SweepConfig
+from fac_jax.corpus_files import fingerprints as corpus_fingerprints
+from fac_jax.corpus_files import local_files
 from fac_jax.coverage.measure import coverage, evaluate
 from fac_jax.coverage.select import select
 from fac_jax.downstream.finetune import finetune
@@ -34,7 +36,6 @@ from fac_jax.sae.splice import splice
 from fac_jax.sae.train import sweep, train
 from fac_jax.scan.scan import scan
 from fac_jax.synthesis.synthesize import synthesize
-from fac_jax.text import resolve
 
 WRITTEN = ("kept", "random")
 """Data sets that synthesis writes: the samples that passed, and as many chosen blindly."""
@@ -178,14 +179,14 @@ def _synthesis_settings(config: Config) -> dict[str, Any]:
 def data_fingerprint(config: Config, name: str) -> dict[str, Any]:
     """A data set's settings and the fingerprints of its files."""
     dataset: DataSet = config.dataset(name)
-    files = {source.path: [fingerprint(file) for file in resolve(source.path)] for source in dataset.sources}
+    files = {source.path: corpus_fingerprints(source.path) for source in dataset.sources}
     return {"name": name, "settings": dataset, "files": files}
 
 
 def model_fingerprint(source: str) -> str | list[str]:
     """Fingerprints of a local model's files; a hub id stands for itself."""
     if source.startswith("pkg://") or Path(source).is_file():
-        return [fingerprint(file) for file in resolve(source)]
+        return [fingerprint(file) for file in local_files(source)]
     if Path(source).is_dir():
         return [f"{file.name}:{fingerprint(file)}" for file in sorted(Path(source).iterdir()) if file.is_file()]
     return source

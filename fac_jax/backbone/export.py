@@ -13,9 +13,9 @@ from safetensors.numpy import save_file
 from fac_jax.backbone import gguf_file
 from fac_jax.backbone.hf_folder import INDEX, SINGLE
 from fac_jax.backbone.weights import DTYPES, load_tokenizer, open_model
+from fac_jax.corpus_files import local_files
 from fac_jax.errors import UserError
 from fac_jax.runs import writing_folder
-from fac_jax.text import resolve
 
 BYTES_PER_FILE = 2 * 2**30
 
@@ -32,7 +32,7 @@ def export_hf(source: str, folder: str | Path, dtype: str = "float32", bytes_per
     if dtype not in DTYPES:
         raise UserError(f"dtype is {dtype!r}; choose from {list(DTYPES)}")
     open_model(source)  # refuses what cannot be read before anything is written
-    path = resolve(source)[0]
+    path = local_files(source)[0]
     with writing_folder(folder) as partial:
         _write_configs(path, partial, dtype)
         _write_weights(path, partial, DTYPES[dtype], bytes_per_file)

@@ -28,9 +28,9 @@ from fac_jax.backbone import gguf_file
 from fac_jax.backbone.config import ModelConfig, read_model_config
 from fac_jax.backbone.hf_folder import SafetensorsFiles, hub_fetch, local_fetch
 from fac_jax.backbone.model import Backbone, Parameter, embed, logits, parameters, run_blocks
+from fac_jax.corpus_files import local_files
 from fac_jax.errors import UserError, first_line
 from fac_jax.mesh import DATA, FEATURE, matmul_dtype, platform, sharding
-from fac_jax.text import resolve
 
 log = logging.getLogger(__name__)
 DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
@@ -238,7 +238,7 @@ def _gguf_path(source: str) -> Path | None:
         if source.startswith("pkg://"):
             raise UserError(f"{source}: inside a package only a .gguf file is read as a model")
         return None
-    return resolve(source)[0]
+    return local_files(source)[0]
 
 
 def _source_names(parameter: Parameter) -> list[str]:

@@ -18,11 +18,11 @@ import numpy as np
 
 from fac_jax import __version__
 from fac_jax.config import Config, SidecarConfig
+from fac_jax.corpus_files import local_files
 from fac_jax.errors import UserError
 from fac_jax.llm.cache import cache_folder
 from fac_jax.llm.sidecar_environment import Say, holding
 from fac_jax.runs import fingerprint, write_text
-from fac_jax.text import resolve
 
 HOST = "127.0.0.1"
 GENERATION = "generation_config.json"
@@ -195,7 +195,7 @@ def _exported(source: str, say: Say) -> Path:
     from fac_jax.backbone.export import export_hf
     from fac_jax.llm.local import model_name
 
-    file = resolve(source)[0]
+    file = local_files(source)[0]
     # A folder of its own around it, so that its name is the model's: `transformers serve` knows it by nothing else.
     folder = cache_folder() / "models" / f"{fingerprint(file)}-bfloat16-{__version__}" / model_name(source)
     with holding(folder.parent / ".lock", f"another command writes {folder}", say):
