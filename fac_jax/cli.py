@@ -102,6 +102,8 @@ def _dispatch(arguments: list[str]) -> int:
         return _store(rest) if name == "store" else _bench(rest)
     if name == "scan" and rest[:1] == ["merge"]:
         return _merge_scans(rest[1:])
+    if name == "coverage" and any(word.partition("=")[0] == "--vs" for word in rest):
+        return _compare(rest)
     action = rest.pop(0) if verb.actions and rest and not rest[0].startswith("-") else None
     if verb.actions and action not in verb.actions and "-h" not in rest and "--help" not in rest:
         what = f"has no {action!r}{suggest(action, verb.actions)}" if action else "needs to know what to do"
@@ -362,6 +364,45 @@ def _merge_scans(arguments: list[str]) -> int:
     return 0
 
 
+COMPARE_USAGE = "usage: fac coverage SCAN_A --vs SCAN_B"
+COMPARE = {
+    "vs": "SCAN: folder of a finished scan, such as runs/quickstart/scans/anchor, as SCAN_A is",
+    "threshold": "NUMBER: a feature is covered when its peak exceeds it (default: coverage.threshold's)",
+    "relevance": "FOLDER: a relevance product: only the features that it calls relevant count (default: all)",
+    "spans": "N: passages kept of each feature (default: 3)",
+    "out": "FOLDER: compare.json and compare.parquet, with every feature, are written there",
+    "show-unsafe": "print passages, which may be harmful",
+}
+
+
+def _compare(arguments: list[str]) -> int:
+    """What either of two scans covers that the other does not; returns the exit status."""
+    rest = list(arguments)
+    if "-h" in rest or "--help" in rest:
+        print(COMPARE_USAGE + "".join(f"\n  --{name} {text}" for name, text in COMPARE.items()))
+        return 0
+    options = _take_options(rest, COMPARE)
+    if len(rest) != 1 or rest[0].startswith("-"):
+        raise UserError(f"`fac coverage {' '.join(arguments)}` needs one scan beside --vs: {COMPARE_USAGE} --help")
+    from pathlib import Path
+
+    from fac_jax.config import CoverageConfig
+    from fac_jax.coverage import compare as module
+
+    try:
+        threshold = float(options.get("threshold", CoverageConfig.threshold))
+        spans = int(options.get("spans", 3))
+    except ValueError as error:
+        raise UserError(f"--threshold and --spans must be numbers ({error})") from None
+    relevance = Path(options["relevance"]) if "relevance" in options else None
+    figures, table = module.compare(Path(rest[0]), Path(options["vs"]), threshold, relevance, spans)
+    Console(width=None if sys.stdout.isatty() else 120).print(module.printed(figures, table, "show-unsafe" in options))
+    if "out" in options:
+        module.write(Path(options["out"]), figures, table)
+        print(f"written: {options['out']}/compare.json, compare.parquet")
+    return 0
+
+
 def _bench(arguments: list[str]) -> int:
     from fac_jax.scale.bench import main as bench
 
@@ -431,7 +472,10 @@ VERBS = {
     ),
     "explain": Verb("features to text", ("run", "mesh", "backbone", "explain", "llm"), _stage),
     "judge": Verb("features to task relevance", ("run", "judge", "llm"), _stage),
-    "coverage": Verb("what the seed set covers of the anchor, and what it misses", ("run", "coverage"), _stage),
+    "coverage": Verb(
+        "what the seed set covers of the anchor, and what it misses; `fac coverage SCAN_A --vs SCAN_B`: of two scans",
+        *(("run", "coverage"), _stage),
+    ),
     "synthesize": Verb(
         "missing features to samples that activate them",
         ("run", "mesh", "backbone", "coverage", "synthesize", "llm"),

@@ -491,6 +491,8 @@ class CoverageConfig:
     """Thresholds that the report shows side by side."""
     length_match_draws: int = 20
     """Seeded subsamples of the longer set for the length-matched figure."""
+    bootstrap_draws: int = 200
+    """Seeded resamples of the seed set's documents for the interval around its coverage."""
 
 
 @dataclass(frozen=True)

@@ -39,15 +39,17 @@ fac_install() {
   fi
 }
 
-# Published SAE trainers in an environment of their own, .venv/peers, once; its interpreter is then $PEERS_PYTHON.
+# What the benchmarks measure against, in an environment of its own, .venv/peers, once; its interpreter is then
+# $PEERS_PYTHON. Those of the second list would bring gigabytes that nothing here uses: they come without what they ask for.
 fac_install_peers() {
-  local peers="$ROOT/.venv/peers" list="$ROOT/launch/bench-peers.txt" wanted
+  local peers="$ROOT/.venv/peers" list="$ROOT/launch/bench-peers.txt" bare="$ROOT/launch/bench-peers-bare.txt" wanted
   PEERS_PYTHON="$peers/bin/python"
-  wanted="$(sha256sum < "$list")"
+  wanted="$(cat "$list" "$bare" | sha256sum)"
   if [ "$(cat "$peers/installed" 2>/dev/null)" != "$wanted" ]; then
     echo "installing the peers into .venv/peers" >&2
     "${PYTHON:-python3}" -m venv --clear "$peers"
     "$PEERS_PYTHON" -m pip install --quiet --disable-pip-version-check --requirement "$list"
+    "$PEERS_PYTHON" -m pip install --quiet --disable-pip-version-check --no-deps --requirement "$bare"
     # A torchvision that does not belong to this torch breaks every import of transformers; nothing here needs one.
     "$PEERS_PYTHON" -m pip uninstall --quiet --yes torchvision
     echo "$wanted" > "$peers/installed"

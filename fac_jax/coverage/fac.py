@@ -12,8 +12,9 @@ Nothing here reads or writes a file, or runs a model: coverage at another thresh
 from __future__ import annotations
 
 import numpy as np
-from jaxtyping import Bool, Int
+from jaxtyping import Bool, Float64, Int
 from scipy.sparse import csr_array
+from scipy.special import gammaln
 
 from fac_jax.errors import UserError
 
@@ -96,6 +97,51 @@ def draws_of_length(
         order = generator.permutation(len(tokens_n))
         chosen.append(np.sort(order[np.cumsum(tokens_n[order]) <= budget]))
     return chosen
+
+
+def expected_covered(
+    documents_f: Int[np.ndarray, " f"], total: int, sizes: Int[np.ndarray, " m"]
+) -> Float64[np.ndarray, " m"]:
+    """Features that so many documents, drawn at random from `total` without return, cover in expectation.
+
+    A feature that is active on c of n documents is missed by m of them with probability C(n - c, m) / C(n, m); summed
+    over features it is exact, so no order of the documents has to be drawn (in ecology: rarefaction, Hurlbert 1971).
+    """
+    count, times = np.unique(documents_f[documents_f > 0], return_counts=True)  # features alike in c are alike
+    left, size = total - count[:, None], np.asarray(sizes, np.float64)[None]
+    drawn = np.minimum(size, left)  # more documents than do without it: it cannot be missed
+    log_missed = gammaln(left + 1) - gammaln(left - drawn + 1) + gammaln(total - drawn + 1) - gammaln(total + 1)
+    missed = np.where(size > left, 0.0, np.exp(log_missed))
+    return ((1 - missed) * times[:, None]).sum(axis=0)
+
+
+def bootstrap_fac(
+    relevant_f: Bool[np.ndarray, " f"],
+    anchor_f: Bool[np.ndarray, " f"],
+    peaks_nf: csr_array,
+    threshold: float,
+    draws: int,
+    seed: int,
+) -> tuple[float, float] | None:
+    """95% interval of fac over documents that might have been in the set instead of those that are.
+
+    Documents are drawn with return, as many as there are. Such a sample holds 63% of the different documents and so
+    covers less: the quantiles are therefore those of its differences from the mean sample, put around the set's own
+    fac, within [0, 1]. None where fac is undefined.
+    """
+    could = relevant_f & anchor_f
+    found = fac(relevant_f, anchor_f, active(peaks_nf, threshold))
+    if found is None:
+        return None
+    n = peaks_nf.shape[0]
+    above = csr_array(peaks_nf[:, np.flatnonzero(could)] > threshold).astype(np.int32)
+    generator = np.random.default_rng(seed)
+    shares = np.empty(draws)
+    for draw in range(draws):
+        drawn_n = np.bincount(generator.integers(0, n, n), minlength=n) if n else np.zeros(0, int)
+        shares[draw] = np.count_nonzero(drawn_n @ above) / _size(could)
+    low, high = np.clip(np.quantile(shares - shares.mean(), [0.025, 0.975]) + found, 0, 1).tolist()
+    return low, high
 
 
 def _size(features_f: Bool[np.ndarray, " f"]) -> int:

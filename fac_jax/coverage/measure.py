@@ -22,11 +22,13 @@ from scipy.sparse import csr_array, vstack
 
 from fac_jax.config import Config
 from fac_jax.coverage import fac as arithmetic
+from fac_jax.coverage.validity import validity
 from fac_jax.errors import UserError
 from fac_jax.features.judge import relevant_features, what_makes_relevant
 from fac_jax.runs import write_text, writing
 from fac_jax.scan.scan import Scan, load_scans
 
+CURVE_POINTS = 25
 MISSING = pa.schema(
     {
         "feature": pa.int32(), "anchor_peak": pa.float32(), "anchor_documents": pa.int64(),
@@ -77,12 +79,32 @@ def coverage(config: Config, out: Path, inputs: Mapping[str, Path]) -> dict[str,
         pq.write_table(pa.Table.from_pylist(missing, MISSING), temporary)
     with writing(out / "coverage.parquet") as temporary:
         pq.write_table(pa.Table.from_pylist([_flat(row) for row in rows]), temporary)
+    could_f = relevant_f & arithmetic.active(anchor.peaks_nf, config.coverage.threshold)
     product = {
         "anchor": _set(anchor), "seed": _set(seed), "sae": anchor.identity.sae, "acts": anchor.identity.acts,
         "threshold": config.coverage.threshold, "chosen": chosen, "sweep": rows,
+        "curves": {scan.identity.name: curve(scan, could_f, config.coverage.threshold) for scan in (anchor, seed)},
+        "validity": {
+            scan.identity.name: validity(
+                relevant_f, scan.peaks_nf, scan.content_tokens_n, scan.features("tokens")["tokens"].to_numpy(),
+                config.coverage.threshold,
+            )
+            for scan in (anchor, seed)
+        },
     }  # fmt: skip
     write_text(out / "coverage.json", json.dumps(product, indent=1, allow_nan=False))
     return {name: chosen[name] for name in chosen if name != "length_matched"}
+
+
+def curve(scan: Scan, could_f: Bool[np.ndarray, " f"], threshold: float) -> dict[str, list[float]]:
+    """The fac that so many of a scan's documents have in expectation, for numbers of documents up to all of them."""
+    total = scan.peaks_nf.shape[0]
+    if not could_f.any() or not total:
+        return {"documents": [], "fac": []}
+    sizes = np.unique(np.geomspace(1, total, CURVE_POINTS).round().astype(np.int64))
+    documents_f = arithmetic.active_documents(scan.peaks_nf, threshold)
+    covered = arithmetic.expected_covered(documents_f[could_f], total, sizes)
+    return {"documents": sizes.tolist(), "fac": (covered / np.count_nonzero(could_f)).tolist()}
 
 
 def evaluate(config: Config, out: Path, inputs: Mapping[str, Path]) -> dict[str, Any]:
@@ -121,6 +143,9 @@ def before(
     anchor_f, seed_f = arithmetic.active(anchor.peaks_nf, threshold), arithmetic.active(seed.peaks_nf, threshold)
     missing_f = arithmetic.missing(relevant_f, anchor_f, seed_f)
     drawn = _draws(config, anchor, seed)
+    interval = arithmetic.bootstrap_fac(
+        relevant_f, anchor_f, seed.peaks_nf, threshold, config.coverage.bootstrap_draws, config.run.seed
+    )
     return {
         "threshold": threshold,
         "relevant_features": int(relevant_f.sum()),
@@ -128,6 +153,8 @@ def before(
         "seed_features": int((relevant_f & seed_f).sum()),
         "missing_features": int(missing_f.sum()),
         "fac": arithmetic.fac(relevant_f, anchor_f, seed_f),
+        "fac_low": interval and interval[0],
+        "fac_high": interval and interval[1],
         "raw_fac_ratio": arithmetic.raw_fac_ratio(relevant_f, anchor_f, seed_f),
         "fac_freq": arithmetic.fac_freq(relevant_f, anchor_f, seed.peaks_nf, threshold),
         "fac_magnitude": arithmetic.fac_magnitude(relevant_f, anchor_f, seed.peaks_nf, threshold),

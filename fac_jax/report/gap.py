@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from fac_jax.report.blocks import Section, absent, entry, facts, more, numbers, span, table, texts, veil
-from fac_jax.report.figures import Series, bar_figure
+from fac_jax.report.figures import Series, bar_figure, line_figure
 from fac_jax.report.markup import Html, join, tag
 from fac_jax.report.products import TESTS, Missing, Row, RunView
 from fac_jax.report.verdict import ARMS, percent
@@ -26,6 +27,10 @@ LENGTH = (
     "with as many tokens as the seed set has: mean, and 5% to 95% of the draws. A seed set below it is less diverse "
     "than its length explains."
 )
+CURVE = (
+    "In closed form, over all orders in which the documents could be taken: where a curve is still rising, more "
+    "documents of the same kind would cover more; where it is flat, they would not."
+)
 READING = (
     "Highest anchor activation first. Below each explanation stand the anchor passages on which the feature is most "
     "active, the activating token marked. What may be harmful is blurred: click it, or press Space on it."
@@ -42,12 +47,16 @@ def coverage(view: RunView) -> Section:
     else:
         after = join(_bars(view.evaluation["rows"]), _after(view.evaluation["rows"], view.threshold))
     before = _before(view.coverage["sweep"], view.threshold)
-    body = join(tag("p", DEFINITION), before, tag("p", LENGTH, class_="quiet small"), after)
+    checks = (_curves(view.coverage["curves"]), _checks(view.coverage["validity"]))
+    body = join(tag("p", DEFINITION), before, tag("p", LENGTH, class_="quiet small"), after, *checks)
     return Section("coverage", short, title, body)
 
 
 def _before(sweep: Sequence[Row], threshold: float) -> Html:
-    columns = ("Threshold", "Anchor activates", "Seed covers", "Missing", "FAC", "FAC of anchor pieces, same length")
+    columns = (
+        *("Threshold", "Anchor activates", "Seed covers", "Missing", "FAC", "95% over documents"),
+        "FAC of anchor pieces, same length",
+    )
     rows = [
         [
             f"{row['threshold']:g}",
@@ -55,6 +64,7 @@ def _before(sweep: Sequence[Row], threshold: float) -> Html:
             f"{row['anchor_features'] - row['missing_features']:,}",
             f"{row['missing_features']:,}",
             percent(row["fac"]),
+            "–" if row["fac_low"] is None else f"{percent(row['fac_low'])} to {percent(row['fac_high'])}",
             _matched(row["length_matched"]),
         ]
         for row in sweep
@@ -69,6 +79,44 @@ def _matched(matched: Row | None) -> str:
     if matched is None or matched["fac"] is None:
         return "–"
     return f"{percent(matched['fac'])} ({percent(matched['low'])} to {percent(matched['high'])})"
+
+
+def _curves(curves: Mapping[str, Mapping[str, Sequence[float]]]) -> Html:
+    """How coverage grows with the number of documents."""
+    series = [
+        Series(name, list(zip(one["documents"], one["fac"], strict=True)), colour)
+        for colour, (name, one) in enumerate(curves.items())
+    ]
+    figure = line_figure("FAC of so many documents, expected over their orders", series, "documents", from_zero=True)
+    return join(tag("div", figure, class_="figures"), tag("p", CURVE, class_="quiet small"))
+
+
+def _checks(found: Mapping[str, Mapping[str, Any]]) -> Html:
+    """What the figures hang on besides the content of the documents."""
+
+    def share(count: int, total: int) -> str:
+        return f"{count:,} ({percent(count / total)})" if total else "–"
+
+    names = list(found)
+    lines = {
+        "Features that are never active": [share(o["dead_features"], o["features"]) for o in found.values()],
+        "Features active on more than a tenth of the tokens": [
+            share(o["dense_features"], o["features"]) for o in found.values()
+        ],
+        "Of these, relevant": [f"{one['relevant_dense_features']:,}" for one in found.values()],
+        "Relevant features active on very short documents alone": [
+            f"{one['only_in_short_text']:,}" for one in found.values()
+        ],
+        "Very short documents (under 8 content tokens)": [f"{one['short_documents']:,}" for one in found.values()],
+        "Rank correlation of length and relevant features": [
+            "–" if one["length_correlation"] is None else f"{one['length_correlation']:.2f}" for one in found.values()
+        ],
+        "Variance of their number that length explains": [
+            "–" if one["length_r2"] is None else percent(one["length_r2"]) for one in found.values()
+        ],
+    }
+    rows = [[name, *cells] for name, cells in lines.items()]
+    return table([*texts(""), *numbers(*names)], rows, "What these figures hang on besides content")
 
 
 def _bars(rows: Sequence[Row]) -> Html:

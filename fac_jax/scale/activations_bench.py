@@ -119,8 +119,8 @@ def measure_harvest(bench: ActivationsBench, folder: Path) -> dict[str, Any]:
     for index in range(bench.rounds):
         for case, result in zip(cases, results, strict=True):
             if result.absent is None:
-                _say(index, f"harvest, {case['name']}, {case['dtype']}")
-                with _empty(folder / "harvested") as made:
+                say(index, f"harvest, {case['name']}, {case['dtype']}")
+                with empty_folder(folder / "harvested") as made:
                     parts = index == bench.rounds - 1
                     result.add(_checked(_ask(bench, {**case, "folder": str(made), "parts": parts}), asked["rows"]))
     found = [
@@ -223,11 +223,11 @@ def measure_store(bench: ActivationsBench, width: int, folder: Path) -> dict[str
     results |= {("read", reader): Result() for readers in LAYOUTS.values() for reader in readers}
     for index in range(bench.rounds):
         for writer, readers in LAYOUTS.items():
-            with _empty(folder / "rows") as made:
+            with empty_folder(folder / "rows") as made:
                 for part, name in (("write", writer), *(("read", reader) for reader in readers)):
                     result = results[part, name]
                     if result.absent is None:
-                        _say(index, f"{part} {width} wide, {name}")
+                        say(index, f"{part} {width} wide, {name}")
                         program = "torch" if writer == "official" else "store_contender"
                         case = {**asked, "part": part, "program": program, "contender": name, "folder": str(made)}
                         written = results["write", writer].absent is None
@@ -277,7 +277,7 @@ def _ask(bench: ActivationsBench, case: dict[str, Any]) -> dict[str, Any]:
 
 
 @contextmanager
-def _empty(folder: Path) -> Iterator[Path]:
+def empty_folder(folder: Path) -> Iterator[Path]:
     """An empty folder, which is removed afterwards."""
     folder.mkdir()
     try:
@@ -286,5 +286,5 @@ def _empty(folder: Path) -> Iterator[Path]:
         shutil.rmtree(folder)
 
 
-def _say(index: int, what: str) -> None:
+def say(index: int, what: str) -> None:
     print(f"round {index + 1}: {what}", file=sys.stderr, flush=True)

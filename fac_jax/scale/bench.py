@@ -1,9 +1,10 @@
-"""`fac bench sae` and `fac bench activations`: what was built here beside what others use, measured in one run.
+"""`fac bench`: what was built here beside what others use, measured in one run.
 
     fac bench sae             the training step, beside published ones and the floor below which no step can go
     fac bench activations     harvest, store and stream, beside transformers, files of torch.save and raw arrays
+    fac bench scan            a corpus scanned for what activates each feature, beside the published way and delphi
 
-Both run on the CPU, print a table, and write JSON to `--out`.
+All run on the CPU, print a table, and write JSON to `--out`.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import tyro
 from fac_jax.errors import UserError
 from fac_jax.plain import suggest
 from fac_jax.runs import write_text
-from fac_jax.scale import activations_bench, activations_table, sae_bench
+from fac_jax.scale import activations_bench, activations_table, sae_bench, scan_bench
 
 BENCHES: dict[str, tuple[type, Any, Callable[[Any], dict[str, Any]], Callable[[Any], None]]] = {
     "sae": (sae_bench.Bench, sae_bench, sae_bench.measure, sae_bench.print_report),
@@ -26,12 +27,13 @@ BENCHES: dict[str, tuple[type, Any, Callable[[Any], dict[str, Any]], Callable[[A
         activations_bench.ActivationsBench,
         *(activations_bench, activations_bench.measure, activations_table.print_report),
     ),
+    "scan": (scan_bench.ScanBench, scan_bench, scan_bench.measure, scan_bench.print_report),
 }
 """Settings, the module that says what it is, what measures, and what prints."""
 
 
 def main(arguments: Sequence[str]) -> int:
-    """`fac bench sae|activations [--flag value ...]`; returns the exit status."""
+    """`fac bench sae|activations|scan [--flag value ...]`; returns the exit status."""
     what, *flags = arguments if arguments else ("",)
     if what in ("-h", "--help"):
         print((__doc__ or "").strip())

@@ -67,6 +67,13 @@ class Table(NamedTuple):
 def dispatch(batch: PackedBatch, loaded: Loaded, sae: LoadedSae, acts: Acts) -> list[Table]:
     """Start the device on a batch; `collect` waits for it. One table per `slots` documents, nearly always one."""
     resid_btd = loaded.residual_fn(sae.layer)(batch.tokens, batch.segments, batch.positions)
+    return tables_of(batch, resid_btd, sae, acts, loaded.mesh)
+
+
+def tables_of(
+    batch: PackedBatch, resid_btd: Float[Array, "b t d"], sae: LoadedSae, acts: Acts, mesh: Mesh
+) -> list[Table]:
+    """The part of `dispatch` behind the backbone: encoder, top-k, and one peak for each document and feature."""
     order_bt = np.argsort(~batch.content, axis=1, kind="stable").astype(np.int32)  # content first, in its order
     slot_bt = np.take_along_axis(np.where(batch.content, batch.slot, -1), order_bt, axis=1)
     position_bt = np.take_along_axis(batch.positions, order_bt, axis=1)
@@ -77,7 +84,7 @@ def dispatch(batch: PackedBatch, loaded: Loaded, sae: LoadedSae, acts: Acts) -> 
     return [
         fold(
             sae.sae, resid_btd, order_bt, slot_bt - first, position_bt, -(-longest // chunk),
-            acts=acts, k=sae.k, slots=slots, chunk=chunk, mesh=loaded.mesh,
+            acts=acts, k=sae.k, slots=slots, chunk=chunk, mesh=mesh,
         )
         for first in range(0, len(batch.documents), slots)
     ]  # fmt: skip

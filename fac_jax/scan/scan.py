@@ -238,7 +238,7 @@ class Stretch:
 
     def __init__(self, identity: Identity, loaded: Loaded, kept_f: Bool[np.ndarray, " f"]) -> None:
         self._identity, self._loaded, self._kept_f = identity, loaded, kept_f
-        self._tally = new_tally(identity.features, identity.top_spans, loaded.mesh)
+        self.tally = new_tally(identity.features, identity.top_spans, loaded.mesh)
         self._documents: list[EncodedDocument] = []
         self._scored: list[tuple[PackedBatch, BatchPeaks]] = []
         self._next, self._since = 0, time.monotonic()
@@ -250,7 +250,7 @@ class Stretch:
             size = table.peaks.peak_sf.shape[0]
             ids = [encoded.document.id for encoded in batch.documents[done : done + size]]
             which = slots(ids, len(self._documents) + done, size)
-            self._tally = count(self._tally, table.peaks, which, mesh=self._loaded.mesh)
+            self.tally = count(self.tally, table.peaks, which, mesh=self._loaded.mesh)
             done += size
         if self._kept_f.any():
             self._scored.append((batch, collect(batch, tables, self._kept_f)))
@@ -270,7 +270,7 @@ class Stretch:
             return state, summary
         if self._scored:
             parts.write_piece(out, state.share, unit, self._scored)
-        summary = extend(summary, stats(self._tally), self._cut)
+        summary = extend(summary, stats(self.tally), self._cut)
         lengths = [(1, len(one.ids), int(one.content.sum())) for one in self._documents]
         counts = state.counts.plus(Counts(*np.sum(lengths, axis=0).tolist()))
         state = replace(state, cursor=Cursor(unit, self._next), counts=counts)
@@ -279,7 +279,7 @@ class Stretch:
 
     def _cut(self, spans: Int64[np.ndarray, " m"]) -> pa.Table:
         """Words of spans by their `span_fn`; those that several features share are cut once."""
-        where = np.stack([places(self._tally)[spans], positions(self._tally)[spans]], axis=1)
+        where = np.stack([places(self.tally)[spans], positions(self.tally)[spans]], axis=1)
         wanted, inverse = np.unique(where, axis=0, return_inverse=True)
         rows = []
         for place, position in wanted.tolist():

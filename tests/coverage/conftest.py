@@ -40,6 +40,8 @@ def write_scan(tmp_path: Path) -> Callable[..., Path]:
         ]
         pq.write_table(pa.Table.from_pylist(documents, DOCUMENTS), folder / "documents.parquet")
         pq.write_table(pa.Table.from_pylist(rows, PEAKS), folder / "peaks.parquet")
+        tokens_f = pa.array(np.count_nonzero(peaks, axis=0), pa.int64())
+        pq.write_table(pa.table({"feature": range(len(tokens_f)), "tokens": tokens_f}), folder / "features.parquet")
         identity = Identity(name, "data", "model", 3, sae, peaks.shape[1], 2, "topk", 10, 32, "all")
         counts = {"documents": len(documents)}
         (folder / "scan.json").write_text(json.dumps({"identity": dataclasses.asdict(identity), "counts": counts}))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import combinations
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -12,7 +14,9 @@ from scipy.sparse import csr_array, vstack
 from fac_jax.coverage.fac import (
     active,
     active_documents,
+    bootstrap_fac,
     draws_of_length,
+    expected_covered,
     fac,
     fac_freq,
     fac_magnitude,
@@ -122,3 +126,61 @@ def test_draws_stay_within_the_budget(tokens: np.ndarray, budget: int, seed: int
         assert len(drawn) == 1 and len(drawn[0]) == len(tokens)
     again = draws_of_length(tokens, budget, 3, seed)
     assert all((a == b).all() for a, b in zip(drawn, again, strict=True))
+
+
+@settings(max_examples=40)
+@given(st.integers(1, 6), st.data())
+def test_expected_coverage_is_the_mean_over_all_subsets(total: int, data: st.DataObject) -> None:
+    active_nf = data.draw(arrays(bool, (total, FEATURES)))
+    for size in range(total + 1):
+        subsets = [active_nf[list(chosen)].any(axis=0).sum() for chosen in combinations(range(total), size)]
+        found = expected_covered(active_nf.sum(axis=0), total, np.array([size]))
+        assert found == pytest.approx([np.mean(subsets)])
+
+
+def test_expected_coverage_of_millions_is_finite() -> None:
+    found = expected_covered(np.array([1, 10_000_000, 5]), 10_000_000, np.array([1, 1000, 10_000_000]))
+    assert np.isfinite(found).all() and found[-1] == 3 and (np.diff(found) > 0).all()
+    assert found[0] == pytest.approx(1 + 6e-7)
+
+
+def test_bootstrap_interval() -> None:
+    """Of features that half of the documents activate there is no doubt; rare ones make the interval wide."""
+    generator = np.random.default_rng(0)
+    every = np.ones(40, bool)
+    common = csr_array((generator.random((300, 40)) < 0.5).astype(np.float32))
+    assert bootstrap_fac(every, every, common, 0.0, 50, 0) == (1.0, 1.0)
+    rare = csr_array((generator.random((300, 40)) < 0.003).astype(np.float32))
+    found = fac(every, every, active(rare, 0.0))
+    interval = bootstrap_fac(every, every, rare, 0.0, 200, 0)
+    assert found is not None and interval is not None
+    assert interval[0] < found < interval[1] and interval[1] - interval[0] > 0.1
+    assert interval == bootstrap_fac(every, every, rare, 0.0, 200, 0), "fixed by the seed"
+    assert bootstrap_fac(every, ~every, rare, 0.0, 20, 0) is None
+    assert bootstrap_fac(every, every, csr_array((0, 40), dtype=np.float32), 0.0, 20, 0) == (0.0, 0.0)
+
+
+@settings(max_examples=60)
+@given(peaks, masks, masks, thresholds)
+def test_bootstrap_by_brute_force(
+    values: np.ndarray, relevant: np.ndarray, anchor: np.ndarray, threshold: float
+) -> None:
+    found = bootstrap_fac(relevant, anchor, csr_array(values), threshold, 20, 3)
+    could = relevant & anchor
+    if not could.any():
+        assert found is None
+        return
+    generator, shares = np.random.default_rng(3), []
+    for _ in range(20):
+        rows = generator.integers(0, len(values), len(values)) if len(values) else []
+        shares.append((values[rows] > threshold).any(axis=0)[could].mean())
+    whole = (values > threshold).any(axis=0)[could].mean()
+    low, high = np.quantile(np.array(shares) - np.mean(shares), [0.025, 0.975]) + whole
+    assert found == pytest.approx((max(low, 0), min(high, 1)))
+
+
+def test_a_threshold_above_every_peak_covers_nothing() -> None:
+    values = csr_array(np.full((3, FEATURES), 5.0, np.float32))
+    every = np.ones(FEATURES, bool)
+    assert fac(every, every, active(values, 5.0)) == 0 and fac_freq(every, every, values, 5.0) == 0
+    assert fac_magnitude(every, every, values, 5.0) == 0 and target_hit_rate(every, active(values, 5.0)) == 0

@@ -407,6 +407,8 @@ def _coverage(folder: Path, payload: str, features: int) -> None:
                 "seed_features": anchor - lost + 2,
                 "missing_features": lost,
                 "fac": share,
+                "fac_low": share - 0.05,
+                "fac_high": share + 0.05,
                 "raw_fac_ratio": share + 0.02,
                 "fac_freq": 0.031,
                 "fac_magnitude": 0.09,
@@ -427,6 +429,23 @@ def _coverage(folder: Path, payload: str, features: int) -> None:
         "threshold": 1.0,
         "chosen": sweep[2],
         "sweep": sweep,
+        "curves": {
+            "anchor": {"documents": [1, 10, 100, 612], "fac": [0.02, 0.2, 0.7, 1.0]},
+            "seed": {"documents": [1, 10, 58], "fac": [0.02, 0.16, 0.45]},
+        },
+        "validity": {
+            name: {
+                "features": 4096,
+                "dead_features": 16,
+                "dense_features": 5,
+                "relevant_dense_features": 1,
+                "only_in_short_text": 2,
+                "short_documents": 7,
+                "length_correlation": correlation,
+                "length_r2": correlation and correlation**2,
+            }
+            for name, correlation in (("anchor", 0.8), ("seed", None))
+        },
     }
     (folder / "coverage.json").write_text(json.dumps(product))
     rows = [

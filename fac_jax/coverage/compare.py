@@ -1,0 +1,175 @@
+"""`fac coverage A --vs B`: what either of two scanned data sets covers that the other does not, and what neither does.
+
+Reads two finished scans of the same model and SAE; statistics suffice, single documents are not needed. Compares all
+features of the SAE, or those that a `relevance` product calls relevant. Writes, where asked, `compare.json` (figures),
+`compare.parquet` (a row per feature, with spans of the set that covers it) and prints both in short.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from jaxtyping import Bool, Int, Int64
+from rich.console import Group
+from rich.table import Table
+from rich.text import Text
+
+from fac_jax.coverage.fac import expected_covered
+from fac_jax.errors import UserError
+from fac_jax.features.judge import relevant_features
+from fac_jax.runs import write_text, writing
+from fac_jax.scan.scan import Scan, load_scans
+from fac_jax.scan.spans import EDGES
+
+SIDES = ("both", "only_a", "only_b", "neither")
+SPAN = pa.struct({"score": pa.float32(), "before": pa.string(), "token": pa.string(), "after": pa.string()})
+TEXTS = [field.name for field in SPAN]
+COMPARED = pa.schema(
+    {
+        "feature": pa.int32(), "side": pa.string(), "a_max": pa.float32(), "b_max": pa.float32(),
+        "a_documents_low": pa.int64(), "a_documents_high": pa.int64(),
+        "b_documents_low": pa.int64(), "b_documents_high": pa.int64(), "spans": pa.list_(SPAN),
+    }
+)  # fmt: skip
+SHOWN = 10
+"""Features of each side that are printed."""
+
+
+def compare(
+    folder_a: Path, folder_b: Path, threshold: float, relevance: Path | None = None, spans: int = 3
+) -> tuple[dict[str, Any], pa.Table]:
+    """Figures, and a row per feature: those of `relevance`, or all of the SAE.
+
+    A feature is covered where its maximum exceeds the threshold, which is exact at any threshold. How many documents
+    exceed it is exact at an edge of the scans' histograms, and otherwise between two numbers; what is expected of fewer
+    documents takes the lower one. Raises UserError for scans that cannot be compared.
+    """
+    if not threshold >= 0:
+        raise UserError(f"the threshold is {threshold}; peaks are at least 0, so it must be at least 0")
+    a, b = load_scans(folder_a, folder_b)
+    asked_f = np.ones(a.identity.features, bool) if relevance is None else relevant_features(relevance, a)
+    asked = np.flatnonzero(asked_f)
+    max_a, max_b = (scan.features("max")["max"].to_numpy()[asked] for scan in (a, b))
+    covers_a, covers_b = max_a > threshold, max_b > threshold
+    side = np.select([covers_a & covers_b, covers_a, covers_b], SIDES[:3], SIDES[3])
+    counts_a, counts_b = (documents_above(scan, threshold) for scan in (a, b))
+    figures = {
+        "threshold": threshold, "features": len(asked), "relevance": None if relevance is None else str(relevance),
+        "sae": a.identity.sae, "acts": a.identity.acts,
+        **{name: int((side == name).sum()) for name in SIDES},
+        "a": _set(a, counts_a[0][asked], covers_a), "b": _set(b, counts_b[0][asked], covers_b),
+        "same_documents": _same_documents(a, b, counts_a[0][asked], counts_b[0][asked]),
+    }  # fmt: skip
+    shown_a, shown_b = (_spans(scan, asked, spans) for scan in (a, b))
+    table = pa.table(
+        {
+            "feature": asked, "side": side, "a_max": max_a, "b_max": max_b,
+            "a_documents_low": counts_a[0][asked], "a_documents_high": counts_a[1][asked],
+            "b_documents_low": counts_b[0][asked], "b_documents_high": counts_b[1][asked],
+            "spans": pa.array(
+                [
+                    shown_b[i] if name == "only_b" else shown_a[i] if name != "neither" else []
+                    for i, name in enumerate(side.tolist())
+                ],
+                pa.list_(SPAN),
+            ),
+        }
+    ).cast(COMPARED)  # fmt: skip
+    return figures, table
+
+
+def documents_above(scan: Scan, threshold: float) -> tuple[Int64[np.ndarray, " f"], Int64[np.ndarray, " f"]]:
+    """At least and at most so many documents of each feature have a peak above `threshold`, strictly.
+
+    Both are equal where the threshold is 0 or an edge of the histogram.
+    """
+    columns = scan.features("documents", "histogram", "max")
+    features = columns.num_rows
+    histogram_fh = columns["histogram"].combine_chunks().flatten().to_numpy().reshape(features, -1)
+    at_least_fe = np.cumsum(histogram_fh[:, ::-1], axis=1)[:, ::-1]  # [:, j]: peaks in bin j and above
+    documents_f, max_f = columns["documents"].to_numpy(), columns["max"].to_numpy()
+    if threshold == 0:
+        return documents_f, documents_f
+    place = int(np.searchsorted(EDGES, threshold, side="left"))  # EDGES[place - 1] < threshold <= EDGES[place]
+    high_f = at_least_fe[:, place]
+    if place < len(EDGES) and EDGES[place] == threshold:
+        high_f = low_f = at_least_fe[:, place + 1]
+    else:
+        low_f = at_least_fe[:, place + 1] if place < len(EDGES) else np.zeros(features, np.int64)
+    covered_f = max_f > threshold
+    return np.where(covered_f, np.maximum(low_f, 1), 0), np.where(covered_f, high_f, 0)
+
+
+def write(out: Path, figures: dict[str, Any], table: pa.Table) -> None:
+    """`compare.json` and `compare.parquet` in the folder `out`."""
+    out.mkdir(parents=True, exist_ok=True)
+    with writing(out / "compare.parquet") as temporary:
+        pq.write_table(table, temporary)
+    write_text(out / "compare.json", json.dumps(figures, indent=1, allow_nan=False))
+
+
+def printed(figures: dict[str, Any], table: pa.Table, unsafe: bool) -> Group:
+    """What a terminal shows: the figures, and the strongest features of either side; passages only when `unsafe`."""
+    a, b = figures["a"], figures["b"]
+    what = "features" if figures["relevance"] is None else "relevant features"
+    title = f"peaks above {figures['threshold']:g}, of {figures['features']:,} {what}"
+    sets = Table("", a["name"], b["name"], box=None, title=title, title_justify="left")
+    for name in ("documents", "content_tokens", "covered", "documents_for_half"):
+        sets.add_row(name.replace("_", " "), *("–" if one[name] is None else f"{one[name]:,}" for one in (a, b)))
+    same = figures["same_documents"]
+    sets.add_row(f"covered by {same['documents']:,} documents, expected", *(f"{same[one]:,.0f}" for one in ("a", "b")))
+    words = {
+        "both": "both cover", "only_a": f"only {a['name']} covers", "only_b": f"only {b['name']} covers",
+        "neither": "neither covers",
+    }  # fmt: skip
+    lines = [Text(""), *(Text(f"{words[name]}: {figures[name]:,}") for name in SIDES)]
+    parts: list[Any] = [sets, *lines]
+    for name, column in (("only_a", "a_max"), ("only_b", "b_max")):
+        rows = table.filter(pa.array(np.asarray(table["side"]) == name)).sort_by([(column, "descending")])
+        if rows.num_rows:
+            title = f"\n{words[name]}, highest first"
+            best = Table("feature", "peak", "passage", box=None, title=title, title_justify="left")
+            for row in rows.slice(0, SHOWN).to_pylist():
+                best.add_row(str(row["feature"]), f"{row[column]:.1f}", _passage(row["spans"], unsafe))
+            parts.append(best)
+    if not unsafe:
+        parts.append(Text("\npassages are hidden, as they may be harmful: --show-unsafe prints them"))
+    return Group(*parts)
+
+
+def _passage(spans: list[dict[str, Any]], unsafe: bool) -> Text:
+    if not spans or not unsafe:
+        return Text("" if unsafe else "hidden")
+    before, token, after = (" ".join(f"|{spans[0][name]}|".split())[1:-1] for name in ("before", "token", "after"))
+    return Text.assemble(before, (token, "bold"), after)
+
+
+def _set(scan: Scan, documents_f: Int[np.ndarray, " f"], covers_f: Bool[np.ndarray, " f"]) -> dict[str, Any]:
+    """Size and reach of one side; documents_for_half: in expectation, so many of its own cover half of what it does."""
+    total, covered = scan.counts["documents"], int(covers_f.sum())
+    sizes = np.unique(np.geomspace(1, max(total, 1), 200).round().astype(np.int64))
+    enough = expected_covered(documents_f, total, sizes) >= covered / 2 if covered else np.zeros(len(sizes), bool)
+    return {
+        "name": scan.identity.name, "documents": total, "content_tokens": scan.counts["content_tokens"],
+        "covered": covered, "documents_for_half": int(sizes[np.argmax(enough)]) if enough.any() else None,
+    }  # fmt: skip
+
+
+def _same_documents(a: Scan, b: Scan, documents_a: np.ndarray, documents_b: np.ndarray) -> dict[str, float]:
+    """Features that either covers with as many documents as the smaller has, in expectation: size explains no more."""
+    size = min(a.counts["documents"], b.counts["documents"])
+    found = {
+        name: float(expected_covered(documents_f, scan.counts["documents"], np.array([size]))[0])
+        for name, scan, documents_f in (("a", a, documents_a), ("b", b, documents_b))
+    }
+    return {"documents": size, **found}
+
+
+def _spans(scan: Scan, features: Int[np.ndarray, " m"], count: int) -> list[list[dict[str, Any]]]:
+    lists = scan.features("spans")["spans"].take(pa.array(features)).to_pylist()
+    return [[{name: span[name] for name in TEXTS} for span in spans[:count]] for spans in lists]
