@@ -1,8 +1,9 @@
 """Which documents of a pool to take, in which order: one function per method.
 
 Symbols: g_i(x) is the peak of feature i on document x, A_i(x) = 1[g_i(x) > threshold]; a pool holds the peaks above the
-threshold (`pool.py`). All methods give rows of the pool, most useful first, that fit the budget together; equally good
-ones go to the smaller document id, so that the order of the rows of a scan changes nothing.
+threshold (`pool.py`). All methods give rows of the pool, the greedy ones most useful first and as they are asked for,
+that fit the budget together. Equally good ones go to the smaller document id, so that the order of the rows of a scan
+changes nothing.
 
 `greedy` and `magnitude` maximise sum_i max_{x in S} level_i(x), with whole levels: 1 where a feature is active, or its
 peak in 65,535ths of the highest. That is monotone and submodular, so greedy choice is within 1 - 1/e of the best.
@@ -14,7 +15,7 @@ Levels are whole so that gains are exact and no sum depends on the order of its 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -53,7 +54,7 @@ class Pick:
     features: list[int]
 
 
-def greedy(pool: Pool, budget: Budget) -> list[int]:
+def greedy(pool: Pool, budget: Budget) -> Iterable[int]:
     """Maximum coverage: the document that activates the most features not covered yet, again and again.
 
     Costs 1: for every budget at least 1 - 1/e = 63% of what the best choice of as many documents covers, and no
@@ -84,7 +85,7 @@ def greedy_cover(
     return [Pick(int(order[one.row]), one.features) for one in picks]
 
 
-def magnitude(pool: Pool, budget: Budget) -> list[int]:
+def magnitude(pool: Pool, budget: Budget) -> Iterable[int]:
     """Facility location: maximise sum_i max_{x in S} g_i(x) / max_{x in pool} g_i(x), greedily.
 
     Each feature is normalised by its highest peak in the pool (which is the anchor unless another data set is named),
@@ -100,7 +101,7 @@ def magnitude(pool: Pool, budget: Budget) -> list[int]:
     return _ascend(csr_array((level, peaks.indices, peaks.indptr), shape=peaks.shape), budget)
 
 
-def greed_select(pool: Pool, budget: Budget) -> list[int]:
+def greed_select(pool: Pool, budget: Budget) -> Iterable[int]:
     """SAE-GreedSelect (arXiv 2502.14050), a rival: `greedy` over every feature of the SAE, whatever is sought.
 
     The paper: take the sample that adds the most features not activated yet, with activations above a threshold (10
@@ -169,17 +170,25 @@ def coverable(pool: Pool) -> Bool[np.ndarray, " f"]:
     return active_f
 
 
-def _ascend(levels_nf: csr_array, budget: Budget) -> list[int]:
+def _ascend(levels_nf: csr_array, budget: Budget) -> Iterable[int]:
     if (budget.cost_n == 1).all():
-        return _climb(levels_nf, budget, by_cost=False)[1]
+        return _climb(levels_nf, budget, by_cost=False)
     if budget.limit is None:  # all that can be reached is reached, with the cheap ones first
-        return _climb(levels_nf, budget, by_cost=True)[1]
-    plain, by_cost = _climb(levels_nf, budget, by_cost=False), _climb(levels_nf, budget, by_cost=True)
-    return by_cost[1] if by_cost[0] >= plain[0] else plain[1]
+        return _climb(levels_nf, budget, by_cost=True)
+    plain, by_cost = (list(_climb(levels_nf, budget, by_cost=way)) for way in (False, True))
+    return by_cost if _reached(levels_nf, by_cost) >= _reached(levels_nf, plain) else plain
 
 
-def _climb(levels_nf: csr_array, budget: Budget, by_cost: bool) -> tuple[int, list[int]]:
-    """The sum reached, and the rows: the highest gain (over its cost) of those that still fit, again and again."""
+def _reached(levels_nf: csr_array, rows: Sequence[int]) -> int:
+    """sum_i max_{x in rows} level_i(x)."""
+    reached_f = np.zeros(levels_nf.shape[1], np.int64)
+    taken = levels_nf[np.array(rows, np.int64)]
+    np.maximum.at(reached_f, taken.indices, taken.data.astype(np.int64))
+    return int(reached_f.sum())
+
+
+def _climb(levels_nf: csr_array, budget: Budget, by_cost: bool) -> Iterator[int]:
+    """The row with the highest gain (over its cost) of those that still fit, again and again."""
     features, own_levels, starts = levels_nf.indices, levels_nf.data, levels_nf.indptr
     gain_n = levels_nf @ np.ones(levels_nf.shape[1], np.int64)
     divisor_n = budget.cost_n.astype(np.float64) if by_cost else np.ones(len(gain_n))
@@ -188,7 +197,7 @@ def _climb(levels_nf: csr_array, budget: Budget, by_cost: bool) -> tuple[int, li
     rows, levels = columns.indices, columns.data
     begin_f, end_f = columns.indptr[:-1].tolist(), columns.indptr[1:].tolist()
     reached_f = [0] * levels_nf.shape[1]
-    left, taken = budget.total, []
+    left = budget.total
     while len(score_n):
         row = int(np.argmax(score_n))
         if score_n[row] <= 0:
@@ -197,7 +206,7 @@ def _climb(levels_nf: csr_array, budget: Budget, by_cost: bool) -> tuple[int, li
             dear_n = budget.cost_n > left
             divisor_n[dear_n], score_n[dear_n] = np.inf, 0
             continue
-        taken.append(row)
+        yield row
         left -= int(budget.cost_n[row])
         span = slice(starts[row], starts[row + 1])
         for feature, level in zip(features[span].tolist(), own_levels[span].tolist(), strict=True):
@@ -213,4 +222,3 @@ def _climb(levels_nf: csr_array, budget: Budget, by_cost: bool) -> tuple[int, li
             kept = begin + int(np.count_nonzero(above))
             rows[begin:kept], levels[begin:kept] = others[above], theirs[above]
             end_f[feature], reached_f[feature] = kept, level
-    return sum(reached_f), taken
