@@ -2,9 +2,9 @@
 
     python -m fac_jax.scale.select_bench [DOCUMENTS [FEATURES [FOLDER]]]
 
-Writes a made-up scan into FOLDER (a temporary one by default; 4 GB for 1,000,000 documents and 65,536 features, deleted
-afterwards), then runs the stage in a process of its own for each line of CASES. Prints a table in Markdown: seconds and
-the highest resident memory (ru_maxrss) of all that `fac select` does, reading and writing included.
+Writes a made-up scan below FOLDER (a temporary folder by default; 1 GB for 1,000,000 documents and 65,536 features,
+deleted afterwards), then runs the stage in a process of its own for each line of CASES. Prints a table in Markdown:
+seconds and the highest resident memory (ru_maxrss) of all that `fac select` does, reading and writing included.
 
 Documents have 80 peaks above the threshold on average, and as many below, a few on features that are everywhere and
 most in the long tail: half of a document's draws are from all features by rank^-0.8, half from the 512 of one of 997
@@ -22,6 +22,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -46,32 +47,38 @@ CASES = (
 
 
 def main(arguments: list[str]) -> None:
-    """The table; or one line of it, for the process that it is measured in."""
+    """The table. Writing the scan and each line of the table are processes of their own, called with --write and --one:
+    a process counts the memory of the one that started it, which therefore holds nothing."""
+    if arguments[:1] == ["--write"]:
+        print(json.dumps(write_scan(Path(arguments[1]), int(arguments[2]), int(arguments[3]))))
+        return
     if arguments[:1] == ["--one"]:
         print(json.dumps(measure(Path(arguments[1]), CASES[int(arguments[2])])))
         return
     documents, features = (int(word) for word in (*arguments[:2], *("1000000", "65536")[len(arguments[:2]) :]))
     with tempfile.TemporaryDirectory(dir=arguments[2] if len(arguments) > 2 else None) as name:
-        folder = Path(name)
         began = time.perf_counter()
-        peaks, above = write_scan(folder, documents, features)
-        gigabytes = (folder / "scan/peaks.parquet").stat().st_size / 1e9
+        peaks, above = _own_process("--write", name, str(documents), str(features))
+        seconds = time.perf_counter() - began
+        gigabytes = (Path(name) / "scan/peaks.parquet").stat().st_size / 1e9
         print(
             f"{documents:,} documents, {features:,} features, {peaks:,} peaks, {above / documents:.1f} a document "
-            f"above the threshold, {gigabytes:.1f} GB, made in {time.perf_counter() - began:.0f} s\n"
+            f"above the threshold, {gigabytes:.1f} GB, made in {seconds:.0f} s\n"
         )
         print(
             "| method | target | budget | documents | covered | of | s | peak GB |\n|---|---|---|---|---|---|---|---|"
         )
         for index, case in enumerate(CASES):
-            command = [sys.executable, "-m", "fac_jax.scale.select_bench", "--one", name, str(index)]
-            found = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+            found = _own_process("--one", name, str(index))
             budget = "none" if case.budget is None else f"{case.budget:,} {case.cost}"
             counts = " | ".join(f"{found[key]:,}" for key in ("documents", "covered", "coverable"))
-            print(
-                f"| {case.method} | {case.target} | {budget} | {counts} | {found['seconds']:.0f} | {found['gb']:.1f} |",
-                flush=True,
-            )
+            measured = f"{found['seconds']:.0f} | {found['gb']:.1f}"
+            print(f"| {case.method} | {case.target} | {budget} | {counts} | {measured} |", flush=True)
+
+
+def _own_process(*arguments: str) -> Any:
+    command = [sys.executable, "-m", "fac_jax.scale.select_bench", *arguments]
+    return json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)
 
 
 def measure(folder: Path, case: SelectConfig) -> dict[str, float]:
