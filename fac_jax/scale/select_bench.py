@@ -2,7 +2,7 @@
 
     python -m fac_jax.scale.select_bench [DOCUMENTS [FEATURES [FOLDER]]]
 
-Writes a made-up scan below FOLDER (a temporary folder by default; 1 GB for 1,000,000 documents and 65,536 features,
+Writes a made-up scan below FOLDER (a temporary folder by default; 1.6 GB for 1,000,000 documents and 65,536 features,
 deleted afterwards), then runs the stage in a process of its own for each line of CASES. Prints a table in Markdown:
 seconds and the highest resident memory (ru_maxrss) of all that `fac select` does, reading and writing included.
 
