@@ -482,7 +482,7 @@ VERBS = {
         _stage,
     ),
     "evaluate": Verb("coverage of the seed set with what was synthesised", ("run", "coverage"), _stage),
-    "select": Verb("existing documents that cover what is missing", ("run", "coverage"), _stage),
+    "select": Verb("existing documents that cover what is missing", ("run", "coverage", "select"), _stage),
     "finetune": Verb("a classifier with and without the synthetic samples", (*_BASE, "coverage", "finetune"), _stage),
     "report": Verb("one offline HTML page of the run", ("run",), _report),
     "status": Verb("what is done, outdated or missing in the run directory", _ALL, _status),
@@ -539,7 +539,7 @@ for _asking in ("run", "explain", "judge", "synthesize"):
     OPTIONS[_asking]["dry-run"] = "say what the server would be asked and what it would cost; ask and write nothing"
     OPTIONS[_asking]["max-cost"] = "MONEY: short for --llm.max-cost, what the run directory may spend on answers"
     OPTIONS[_asking]["max-tokens"] = "N: short for --llm.max-tokens, read and written"
-SHORT = {"--max-cost": "--llm.max-cost", "--max-tokens": "--llm.max-tokens"}
+SHORT = {"--max-cost": "--llm.max-cost", "--max-tokens": "--llm.max-tokens", "--select.from": "--select.source"}
 FLAGS = ("search", "dry-run", "show-unsafe")
 """Options that take no value."""
 

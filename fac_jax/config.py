@@ -529,6 +529,33 @@ class SynthesizeConfig:
 
 
 @dataclass(frozen=True)
+class SelectConfig:
+    """Existing documents that cover what the seed lacks."""
+
+    source: str | None = None
+    """Data set to pick from, which has to be scanned; by default coverage.anchor. --select.from is short for it."""
+    target: Literal["missing", "relevant", "all"] = "missing"
+    """Features to cover: those missing from the seed, all that are relevant to the task, or every one of the SAE."""
+    method: Literal["greedy", "magnitude", "greed_select", "sim_scale", "random"] = "greedy"
+    """greedy: most features not covered yet, within 1 - 1/e of the best; magnitude: the same for the height of their
+    peaks; greed_select, sim_scale: rivals of arXiv 2502.14050, which look at every feature; random: the control."""
+    budget: int | None = None
+    """Documents, or tokens, that are taken at most; by default as many as add something."""
+    cost: Literal["documents", "tokens"] = "documents"
+    """What the budget counts: documents, or their content tokens (greedy then guarantees (1 - 1/e) / 2)."""
+    similarity: float = 0.8
+    """sim_scale: a document is left out when this share of its features, or more, is active on those taken before."""
+
+    def __post_init__(self) -> None:
+        check(
+            self.budget is None or self.budget >= 1,
+            f"select.budget is {self.budget}; it must be at least 1 of select.cost ({self.cost}), or absent for as "
+            "many as add something",
+        )
+        check(0 < self.similarity <= 1, f"select.similarity is {self.similarity}; it must lie in (0, 1]")
+
+
+@dataclass(frozen=True)
 class FinetuneConfig:
     """Does it help? A classifier on frozen activations, seed against seed + synthetic."""
 
@@ -644,6 +671,7 @@ class Config:
     judge: JudgeConfig = JudgeConfig()
     coverage: CoverageConfig = CoverageConfig()
     synthesize: SynthesizeConfig = SynthesizeConfig()
+    select: SelectConfig = SelectConfig()
     finetune: FinetuneConfig = FinetuneConfig()
     llm: LlmConfig = LlmConfig()
     sidecar: SidecarConfig = SidecarConfig()

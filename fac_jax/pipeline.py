@@ -76,8 +76,8 @@ def pipeline(config: Config) -> dict[str, Stage]:
             (anchor, seed, "scan:kept", "scan:random", "relevance"),
         ),
         Stage(
-            *("selection", "selection", "select", select, lambda: {"threshold": config.coverage.threshold}),
-            (anchor, "coverage/missing.parquet"),
+            *("selection", "selection", "select", select, partial(_selection_settings, config)),
+            _selection_inputs(config),
         ),
         Stage(
             *("finetune", "finetune", "finetune", finetune, lambda: {"finetune": config.finetune}),
@@ -93,7 +93,11 @@ def pipeline(config: Config) -> dict[str, Stage]:
 
 def scanned(config: Config) -> list[str]:
     """The data sets of the config that a run scans."""
-    return list(dict.fromkeys((config.coverage.anchor, config.coverage.seed, config.finetune.heldout)))
+    names = [config.coverage.anchor, config.coverage.seed, config.finetune.heldout]
+    if (picked_from := config.select.source) is not None and picked_from not in WRITTEN:
+        config.dataset(picked_from)  # unknown, it would be missed as a scan that is not made
+        names.append(picked_from)
+    return list(dict.fromkeys(names))
 
 
 def scan_stage(config: Config, name: str) -> Stage:
@@ -174,6 +178,16 @@ def _judge_settings(config: Config) -> dict[str, Any]:
 def _synthesis_settings(config: Config) -> dict[str, Any]:
     settings = {"synthesize": config.synthesize, "threshold": config.coverage.threshold, "acts": config.scan.acts}
     return {**settings, **_backbone(config), "sae": external_sae(config.scan.sae), "writer": _writer(config)}
+
+
+def _selection_settings(config: Config) -> dict[str, Any]:
+    settings = {"threshold": config.coverage.threshold, "select": config.select}
+    return {**settings, "seed": config.run.seed} if config.select.method == "random" else settings
+
+
+def _selection_inputs(config: Config) -> tuple[str, ...]:
+    features = {"missing": ("coverage/missing.parquet",), "relevant": ("relevance",), "all": ()}
+    return (f"scan:{config.select.source or config.coverage.anchor}", *features[config.select.target])
 
 
 def data_fingerprint(config: Config, name: str) -> dict[str, Any]:

@@ -60,6 +60,20 @@ def test_a_stage_without_its_inputs_names_the_command_that_makes_them(
     assert "Traceback" not in err
 
 
+def test_what_cannot_be_selected_from_is_named(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    place = ("--run.dir", str(tmp_path / "run"))
+    for flags, words in (
+        (
+            ("--select.from", "heldout"),
+            "scans/heldout, which is not made yet: run `fac scan CONFIG --data heldout` first",
+        ),
+        (("--select.from=anchr",), "no data set is called 'anchr' under data: (did you mean 'anchor'?)"),
+        (("--select.budget", "0"), "select.budget is 0; it must be at least 1 of select.cost (documents)"),
+    ):
+        status, _, err = run(capsys, "select", QUICKSTART, *place, *flags)
+        assert status == 1 and words in " ".join(err.split()), err
+
+
 def test_a_stage_that_another_product_replaces_says_so(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     (tmp_path / "manifest.json").write_text("{}")
     status, _, err = run(capsys, "harvest", QUICKSTART, "--train.store", str(tmp_path))

@@ -32,6 +32,7 @@ from fac_jax.features.task import load_task
 from fac_jax.llm.client import open_generator
 from fac_jax.mesh import make_mesh
 from fac_jax.runs import write_text, writing
+from fac_jax.scan.parts import Identity
 from fac_jax.scan.scan import Scan, load_scan
 from fac_jax.text import POSITIVE_ABOVE
 
@@ -114,14 +115,19 @@ def judge_embedded(scan: Scan, config: JudgeConfig) -> list[dict[str, Any]]:
 
 def relevant_features(folder: Path, scan: Scan) -> Bool[np.ndarray, " f"]:
     """F as a mask. Raises UserError when relevance was judged for another SAE than the scan's."""
+    return relevant_mask(folder, scan.identity, scan.folder)
+
+
+def relevant_mask(folder: Path, identity: Identity, scan: Path) -> Bool[np.ndarray, " f"]:
+    """The same for a scan in the folder `scan`, of which only the identity was read."""
     sae = json.loads((folder / "relevance.json").read_text(encoding="utf-8"))["sae"]
-    if sae != scan.identity.sae:
+    if sae != identity.sae:
         raise UserError(
-            f"the features in {folder} were judged for SAE {sae}, the scan in {scan.folder} was made with "
-            f"{scan.identity.sae}: run `fac judge CONFIG` again"
+            f"the features in {folder} were judged for SAE {sae}, the scan in {scan} was made with "
+            f"{identity.sae}: run `fac judge CONFIG` again"
         )
     table = pq.read_table(folder / "relevance.parquet", columns=["feature", "relevant"])
-    mask = np.zeros(scan.identity.features, bool)
+    mask = np.zeros(identity.features, bool)
     mask[table["feature"].to_numpy()[table["relevant"].to_numpy()]] = True
     return mask
 

@@ -163,14 +163,28 @@ def _arm(name: str, row: Row) -> list[str]:
     return [name, *counts, *means, " ".join(f"{value:.3f}" for value in row["auprc"]["values"])]
 
 
+_SOUGHT = {"missing": "missing features", "relevant": "relevant features", "all": "features of the SAE"}
+_CHOSEN = {
+    "greedy": "Chosen greedily, the most new features first.",
+    "magnitude": "Chosen greedily by the height of their peaks, each relative to the feature's highest.",
+    "greed_select": "Chosen by SAE-GreedSelect, which looks at every feature.",
+    "sim_scale": "Chosen by SAE-SimScale, which leaves out what resembles the documents taken before.",
+    "random": "Chosen at random, as a control.",
+}
+
+
 def selection(view: RunView) -> Section:
     """Existing documents that would cover what is missing."""
     title, short = "Existing documents that cover what is missing", "Selection"
     if view.selection is None:
         return Section("selection", short, title, absent("A selection", "fac select CONFIG"))
+    found = view.summary("selection")
+    source, method = found.get("source", "anchor"), found.get("method", "greedy")
+    total, sought = found.get("features", len(view.missing)), _SOUGHT[found.get("target", "missing")]
     if not view.selection:
-        return Section("selection", short, title, tag("p", "No anchor document is needed: nothing is missing."))
-    covered, total = view.selection[-1]["covered"], len(view.missing)
+        why = f"none of them activates one of the {total:,} {sought}" if total else "nothing is missing"
+        return Section("selection", short, title, tag("p", f"No {source} document is taken: {why}."))
+    covered = view.selection[-1]["covered"]
     entries = [
         entry(
             f"{row['rank'] + 1}. adds {len(row['features'])}",
@@ -180,8 +194,8 @@ def selection(view: RunView) -> Section:
         for row in view.selection[:MOST]
     ]
     summary = (
-        f"Where real data may be taken instead of generated: {len(view.selection):,} anchor documents together "
-        f"activate {covered:,} of the {total:,} missing features. Chosen greedily, the most new features first."
+        f"Where real data may be taken instead of generated: {len(view.selection):,} {source} documents together "
+        f"activate {covered:,} of the {total:,} {sought}. {_CHOSEN[method]}"
     )
     return Section("selection", short, title, join(tag("p", summary), more(entries, 5, "documents")))
 

@@ -14,7 +14,7 @@ import numpy as np
 from jaxtyping import Int
 from scipy.sparse import csr_array
 
-from fac_jax.coverage.select import greedy_cover
+from fac_jax.coverage.choose import greedy_cover
 from fac_jax.synthesis.contrast import DRAWS, Pair, Target, rotated
 from fac_jax.synthesis.generations import Job, Sampling
 from fac_jax.synthesis.prompt import Example, Prompt, messages

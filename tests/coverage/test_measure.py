@@ -1,4 +1,4 @@
-"""The coverage, evaluation and selection stages on scans written by hand."""
+"""The coverage and evaluation stages on scans written by hand."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ import pytest
 
 from fac_jax.config import Config, CoverageConfig
 from fac_jax.coverage.measure import coverage, evaluate
-from fac_jax.coverage.select import select
 from fac_jax.errors import UserError
 
 CONFIG = Config(coverage=CoverageConfig(threshold=1.0, sweep=(0.0, 2.0), length_match_draws=5))
@@ -92,23 +91,10 @@ def test_evaluate_when_nothing_was_kept(
     assert summary["seed+kept"]["fac"] == summary["seed"]["fac"] and summary["seed+kept"]["target_hit_rate"] == 0.0
 
 
-def test_select(tmp_path: Path, inputs: dict[str, Path]) -> None:
-    inputs["coverage"] = made(coverage, tmp_path, inputs)[1]
-    summary, out = made(select, tmp_path, inputs)
-    assert summary == {"missing": 3, "covered": 3, "documents": 2, "documents_for_half": 1}
-    rows = pq.read_table(out / "selected.parquet").to_pylist()
-    assert [(row["document_id"], row["features"], row["covered"]) for row in rows] == [
-        ("anchor-1", [1, 2], 2), ("anchor-2", [3], 3),
-    ]  # fmt: skip
-    lines = [json.loads(line) for line in (out / "selected.jsonl").read_text().splitlines()]
-    assert lines[0]["text"] == [{"role": "user", "content": "text anchor 1"}]
-
-
 def test_nothing_missing(tmp_path: Path, inputs: dict[str, Path], write_scan: Callable[..., Path]) -> None:
     inputs["scan:seed"] = write_scan("whole", ANCHOR)
-    inputs["coverage"] = made(coverage, tmp_path, inputs)[1]
-    assert pq.read_table(inputs["coverage"] / "missing.parquet").num_rows == 0
-    assert made(select, tmp_path, inputs)[0]["documents"] == 0
+    _, out = made(coverage, tmp_path, inputs)
+    assert pq.read_table(out / "missing.parquet").num_rows == 0
 
 
 def test_scans_of_different_saes(tmp_path: Path, inputs: dict[str, Path], write_scan: Callable[..., Path]) -> None:

@@ -185,7 +185,17 @@ SUMMARIES: dict[str, dict[str, Any]] = {
         "target_hit_rate_one_step": 0.348,
         "target_hit_rate": 0.478,
     },
-    "selection": {"missing": 23, "covered": 23, "documents": 9, "documents_for_half": 3},
+    "selection": {
+        "source": "anchor",
+        "method": "greedy",
+        "target": "missing",
+        "features": 23,
+        "coverable": 23,
+        "covered": 23,
+        "documents": 9,
+        "tokens": 900,
+        "documents_for_half": 3,
+    },  # fmt: skip
 }
 
 

@@ -13,7 +13,7 @@ import pytest
 from fac_jax.config import load_config
 from fac_jax.report.markup import VOID_HTML
 from fac_jax.report.page import page, report
-from fac_jax.report.products import RunView, read_view
+from fac_jax.report.products import Row, RunView, read_view
 from tests.report.sample_run import STAGES, write_run
 
 
@@ -188,6 +188,25 @@ def test_what_has_not_run_is_named_with_its_command(tmp_path: Path, upto: str, c
 def test_every_partial_run_has_a_page(tmp_path: Path, upto: str) -> None:
     config = write_run(tmp_path / "run", upto=upto, features=3)
     Reader(page(read_view(tmp_path / "run", config)))
+
+
+def test_a_selection_says_from_what_for_what_and_how(view: RunView) -> None:
+    def words(selection: list[Row], **found: object) -> str:
+        record = dataclasses.replace(view.records["selection"], summary=found)
+        chosen = dataclasses.replace(view, selection=selection, records={**view.records, "selection": record})
+        return Reader(page(chosen)).text()
+
+    rows = list(view.selection or [])
+    assert (
+        "9 anchor documents together activate 23 of the 23 missing features. Chosen greedily"
+        in Reader(page(view)).text()
+    )
+    other = {"source": "web <b>", "method": "sim_scale", "target": "all", "features": 4096}
+    assert "9 web <b> documents together activate 23 of the 4,096 features of the SAE. Chosen by SAE-SimScale" in words(
+        rows, **other
+    )
+    assert "No web <b> document is taken: none of them activates one of the 4,096 features" in words([], **other)
+    assert "No anchor document is taken: nothing is missing." in words([], features=0)
 
 
 def test_arms_at_chance_are_named(view: RunView) -> None:
