@@ -60,6 +60,8 @@ METRICS = (
 LEXICAL = tuple(metric.name for metric in METRICS[:7])
 SYNTACTIC = ("pos_distinct_2", "dependency_entropy")
 SEMANTIC = tuple(metric.name for metric in METRICS[9:])
+TOKENIZED = 256
+"""Texts that are made tokens at a time, until there are enough."""
 
 Figure = dict[str, Any]
 """value, rows, of, interval, absent."""
@@ -149,8 +151,9 @@ def of_syntax(config: Config, documents: Sequence[Document]) -> dict[str, Figure
     reason = syntax.why_absent(model)
     if reason is not None or model is None:
         return dict.fromkeys(SYNTACTIC, _absent(reason or ""))
-    taken = within([len(lexical.words(document.text)) for document in documents], config.diversity.parsed_words)
-    parsed = syntax.parse([document.text for document in documents[:taken]], model)
+    texts = [document.text for document in documents]
+    taken = within([len(lexical.words(syntax.read(text))) for text in texts], config.diversity.parsed_words)
+    parsed = syntax.parse(texts[:taken], model)
     return {
         "pos_distinct_2": _sampled(
             lambda rows: syntax.pos_distinct_2(parsed.tags.only(rows)),
@@ -172,8 +175,10 @@ def of_embeddings(config: Config, documents: Sequence[Document], name: str) -> d
     encoder = load_encoder(settings.embedding_model)
 
     def embedded(documents: Sequence[Document]) -> Embedded:
-        # Tokens of a text are at least one, so what lies behind the budget needs no tokenizer.
-        token_ids = encoder.tokens([document.text for document in documents[: settings.embedded_tokens]])
+        token_ids: list[list[int]] = []
+        while len(token_ids) < len(documents) and sum(map(len, token_ids)) <= settings.embedded_tokens:
+            some = documents[len(token_ids) : len(token_ids) + TOKENIZED]
+            token_ids += encoder.tokens([document.text for document in some])
         taken = within([len(ids) for ids in token_ids], settings.embedded_tokens)
         found = encoder.encode(token_ids[:taken])
         return Embedded(found, unit(found), len(documents))

@@ -38,8 +38,8 @@ def interval(
 
     `figure` computes it from some of the rows. Delete-a-group jackknife: the figure without each tenth of the rows in
     turn, with Student's t and the correction for a finite population. A bootstrap would draw rows twice, and copies
-    make a set less diverse. For a figure that depends on how many rows there are, it is the spread at this number of rows,
-    not a statement on all of them.
+    make a set less diverse. For a figure that depends on how many rows there are, it is the spread at this number of
+    rows, not a statement on all of them.
     """
     groups = min(GROUPS, rows)
     if rows >= of or groups < 3:

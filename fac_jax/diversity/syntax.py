@@ -19,6 +19,8 @@ from fac_jax.runs import fingerprint
 NEEDED = ("tagger", "parser")
 UNUSED = ("ner", "lemmatizer", "attribute_ruler", "senter")
 BATCH_TEXTS = 64
+READ_CHARACTERS = 10_000
+"""Of a text, so many characters are read; a text of a million would take minutes."""
 INSTALL = "bash launch/diversity.sh CONFIG"
 """Installs everything that these metrics need, then measures."""
 
@@ -75,6 +77,11 @@ def identity(model: str) -> str | None:
         return None
 
 
+def read(text: str) -> str:
+    """As much of a text as is parsed."""
+    return text[:READ_CHARACTERS]
+
+
 def parse(texts: Sequence[str], model: str) -> Parsed:
     """Tags and relations of every token that is not white space. Raises UserError for a model that makes neither."""
     import spacy
@@ -85,10 +92,9 @@ def parse(texts: Sequence[str], model: str) -> Parsed:
             f"the spaCy model {model} has no {' and no '.join(lacking)} (it has {', '.join(pipeline.pipe_names)}); "
             "set diversity.pos_model to one that has, such as en_core_web_sm"
         )
-    pipeline.max_length = max([pipeline.max_length, *map(len, texts)])  # a guard of memory for named entities
     tags, relations = [], []
     with progress("parse", len(texts), "texts") as bar:
-        for document in pipeline.pipe(texts, batch_size=BATCH_TEXTS):
+        for document in pipeline.pipe((read(text) for text in texts), batch_size=BATCH_TEXTS):
             real = [token for token in document if not token.is_space]
             tags.append([token.tag_ for token in real])
             relations.append([token.dep_ for token in real])
