@@ -86,7 +86,7 @@ def pipeline(config: Config) -> dict[str, Stage]:
     if config.sweep != SweepConfig() and config.scan.sae is None:
         asked, made = partial(_sweep_settings, config), _store_input(config)
         stages.append(Stage("sweep", "sweep", "sweep", sweep, asked, made, distributed=True, on_request=True))
-    stages += [diversity_stage(config, name) for name in compared(config)]
+    stages += [diversity_stage(config, name) for name in (*compared(config), *WRITTEN)]
     stages.append(Stage("report", "report", "report", report, dict, tuple(stage.name for stage in stages)))
     return {stage.name: stage for stage in stages}
 
