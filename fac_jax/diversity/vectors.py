@@ -17,7 +17,7 @@ NEIGHBOURS, DENSITY_POWER, PROXIMITY_POWER = 10, 0.5, 1.0
 """Settings of NovelSum that its authors recommend."""
 SAME = 1e-6
 """Squared distances below this are those of equal texts, computed in batches of different shapes."""
-KMEANS_STARTS = 4
+KMEANS_ROUNDS = 20  # as in the code of arXiv 2502.17184
 
 
 def cosine_distance(unit_nd: Float[np.ndarray, "n d"]) -> float | None:
@@ -111,9 +111,9 @@ def cluster_entropy(unit_nd: Float[np.ndarray, "n d"], centres_cd: Float[np.ndar
 def cluster_centres(
     reference_rd: Float32[np.ndarray, "r d"], clusters: int, seed: int
 ) -> Float32[np.ndarray, "c d"] | None:
-    """k-means of a reference set, the best of several starts; None where it has fewer different rows than clusters."""
+    """k-means of a reference set, from k-means++; None where it has fewer different rows than clusters."""
     from sklearn.cluster import KMeans
 
     if len(np.unique(reference_rd, axis=0)) < clusters:
         return None
-    return KMeans(clusters, n_init=KMEANS_STARTS, random_state=seed).fit(reference_rd).cluster_centers_
+    return KMeans(clusters, n_init=1, max_iter=KMEANS_ROUNDS, random_state=seed).fit(reference_rd).cluster_centers_
