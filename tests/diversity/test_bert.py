@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import AutoTokenizer, BertModel
 
-from fac_jax.diversity.bert import BATCH_TOKENS, batches, folder_of, load_encoder, unit
+from fac_jax.diversity.bert import BATCH_TOKENS, folder_of, load_encoder, pack, unit
 from fac_jax.errors import UserError
 from tests.diversity.conftest import MakeModel
 
@@ -80,13 +80,19 @@ def test_rows_of_a_batch_do_not_see_each_other(make_model: MakeModel) -> None:
     assert encoder.encode([]).shape == (0, 24)
 
 
-def test_batches_hold_every_row_once_and_few_lengths() -> None:
-    lengths = [int(n) for n in np.random.default_rng(0).integers(1, 700, 3000)]
-    seen, found = [], list(batches(lengths, 700))
-    for length, rows in found:
-        assert max(lengths[row] for row in rows) <= length and len(rows) * length <= max(BATCH_TOKENS, length)
-        seen += rows
-    assert sorted(seen) == list(range(3000)) and {length for length, _ in found} <= {16, 32, 64, 128, 256, 512, 700}
+def test_every_text_is_in_one_row_and_rows_are_full() -> None:
+    lengths = [int(n) for n in np.random.default_rng(0).integers(0, 700, 3000)]
+    seen, computed = [], 0
+    for size, rows in pack(lengths, 700):
+        assert size in (64, 256, 700) and len(rows) * size <= max(BATCH_TOKENS, size)
+        for texts in rows:
+            assert sum(lengths[text] for text in texts) <= size
+            seen += texts
+        computed += len(rows) * size
+    assert sorted(seen) == [text for text, length in enumerate(lengths) if length]
+    assert sum(lengths) > 0.7 * computed, "of texts that are half a row and more, some stand alone"
+    short = [int(n) for n in np.random.default_rng(0).integers(2, 40, 3000)]
+    assert sum(short) > 0.98 * sum(size * len(rows) for size, rows in pack(short, 512))
 
 
 def write(path: Path, **changes: object) -> None:
