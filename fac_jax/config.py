@@ -479,12 +479,12 @@ class DiversityConfig:
     embedding_model: str | None = "sentence-transformers/all-MiniLM-L6-v2"
     """Sentence encoder of the metrics of embeddings: a BERT in the layout of sentence-transformers (hub id, folder, or
     pkg://PACKAGE/FOLDER inside an installed package); null leaves them out."""
-    embedded_tokens: int = 32_768
+    embedded_tokens: int = 24_576
     """Rows are embedded, in a random order, until they have this many tokens; so many of the reference as well."""
     pos_model: str | None = "en_core_web_sm"
     """spaCy model (a package's name, or a folder) of the metrics of syntax, in the language of the texts; null leaves
     them out."""
-    parsed_words: int = 50_000
+    parsed_words: int = 40_000
     """Rows are tagged and parsed, in a random order, until they have this many words."""
     reference: str | None = None
     """Data set whose clusters are counted and whose density weighs distances in NovelSum; by default
