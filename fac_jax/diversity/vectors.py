@@ -99,8 +99,9 @@ def density(
 def cluster_entropy(unit_nd: Float[np.ndarray, "n d"], centres_cd: Float[np.ndarray, "c d"]) -> float | None:
     """Entropy, in bits, of how documents spread over clusters of meaning, each document in the nearest one's.
 
-    From 0 to log2 of the number of clusters; higher is more diverse. The clusters are those of a reference set
-    ("partition entropy" of arXiv 2502.17184): k-means of the set itself would spread any set about evenly.
+    From 0 to log2 of the number of clusters, or of rows if they are fewer; higher is more diverse. The clusters are
+    those of a reference set ("partition entropy" of arXiv 2502.17184): k-means of the set itself would spread any set
+    about evenly.
     """
     if not len(unit_nd):
         return None
