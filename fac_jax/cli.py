@@ -253,6 +253,25 @@ def _stage(config: Config, verb: str, options: dict[str, str]) -> None:
                 print(f"  {key}: {value:,}" if isinstance(value, (int, float)) else f"  {key}: {value}")
 
 
+def _diversity(config: Config, verb: str, options: dict[str, str]) -> None:
+    """The metrics of each data set, then a table of them all."""
+    from fac_jax.diversity.table import read_product, table
+    from fac_jax.pipeline import compared, diversity_stage, pipeline, run_stages
+
+    stages = pipeline(config)
+    wanted = {
+        stage.name: stage
+        for name in ([options["data"]] if "data" in options else compared(config))
+        for stage in [diversity_stage(config, name)]
+    }
+    with Run(config) as run:
+        made = run_stages(run, stages | wanted, list(wanted))
+        for stage, record in made:
+            print(f"{stage.name}: {run.folder(stage)}  ({record.seconds:.1f} s, {record.finished})")
+        shown = table([read_product(run.folder(stage)) for stage, _ in made])
+    Console(width=None if sys.stdout.isatty() else 160).print(shown)
+
+
 def _dry_run(config: Config, wanted: list[str]) -> None:
     """What the stages would ask of the server, and what it would cost."""
     from fac_jax.dry_run import estimates, table
@@ -481,6 +500,10 @@ VERBS = {
         ("run", "mesh", "backbone", "coverage", "synthesize", "llm"),
         _stage,
     ),
+    "diversity": Verb(
+        "how diverse a data set is by the metrics of others: n-grams, syntax, embeddings",
+        *(("run", "data", "coverage", "diversity"), _diversity),
+    ),
     "evaluate": Verb("coverage of the seed set with what was synthesised", ("run", "coverage"), _stage),
     "select": Verb("existing documents that cover what is missing", ("run", "coverage", "select"), _stage),
     "finetune": Verb("a classifier with and without the synthetic samples", (*_BASE, "coverage", "finetune"), _stage),
@@ -510,6 +533,9 @@ VERBS = {
 _EVERY = {"on-bad-row": "stop|skip: what a malformed corpus row does, in every data set"}
 OPTIONS = {name: dict(_EVERY) for name, verb in VERBS.items() if verb.needs_config}
 OPTIONS["scan"]["data"] = "NAME: the data set to scan (default: the anchor, the seed and the held-out set)"
+OPTIONS["diversity"]["data"] = (
+    "NAME: the data set to measure, or what synthesis wrote: kept, random (default: the seed and the anchor)"
+)
 OPTIONS["convert"] = {
     "to": "FOLDER: the folder to write, which must be empty or absent",
     "sae": (

@@ -496,6 +496,36 @@ class CoverageConfig:
 
 
 @dataclass(frozen=True)
+class DiversityConfig:
+    """Metrics of diversity that others report, beside coverage."""
+
+    embedding_model: str | None = "sentence-transformers/all-MiniLM-L6-v2"
+    """Sentence encoder of the metrics of embeddings: a BERT in the layout of sentence-transformers (hub id, folder, or
+    pkg://PACKAGE/FOLDER inside an installed package); null leaves them out."""
+    embedded_tokens: int = 24_576
+    """Rows are embedded, in a random order, until they have this many tokens; so many of the reference as well."""
+    pos_model: str | None = "en_core_web_sm"
+    """spaCy model (a package's name, or a folder) of the metrics of syntax, in the language of the texts; null leaves
+    them out."""
+    parsed_words: int = 40_000
+    """Rows are tagged and parsed, in a random order, until they have this many words."""
+    reference: str | None = None
+    """Data set whose clusters are counted and whose density weighs distances in NovelSum; by default
+    coverage.anchor."""
+    clusters: int = 100
+    """Clusters of the reference (code of arXiv 2502.17184: 100)."""
+    pair_rows: int = 2_000
+    """NovelSum, whose cost is quadratic: rows that are compared, at most."""
+
+    def __post_init__(self) -> None:
+        least = {"embedded_tokens": 512, "parsed_words": 1, "clusters": 2, "pair_rows": 2}
+        for name, floor in least.items():
+            check(
+                getattr(self, name) >= floor, f"diversity.{name} is {getattr(self, name)}; it must be at least {floor}"
+            )
+
+
+@dataclass(frozen=True)
 class SynthesizeConfig:
     """Missing features to new samples."""
 
@@ -670,6 +700,7 @@ class Config:
     explain: ExplainConfig = ExplainConfig()
     judge: JudgeConfig = JudgeConfig()
     coverage: CoverageConfig = CoverageConfig()
+    diversity: DiversityConfig = DiversityConfig()
     synthesize: SynthesizeConfig = SynthesizeConfig()
     select: SelectConfig = SelectConfig()
     finetune: FinetuneConfig = FinetuneConfig()

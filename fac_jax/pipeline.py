@@ -3,9 +3,9 @@
     corpus -> activations -> sae -> splice, scans -> explanations, relevance -> coverage
            -> synthesis -> evaluation, selection, finetune -> report
 
-`fac run` walks the table in order, but for what is made on request only (`sweep`); a verb makes the rows that carry its
-name. What a row lists under `settings` is all that can change its product, so changing a threshold makes coverage and
-what follows again, and nothing before it.
+`fac run` walks the table in order, but for what is made on request only (`sweep`, `diversity`); a verb makes the rows
+that carry its name. What a row lists under `settings` is all that can change its product, so changing a threshold
+makes coverage and what follows again, and nothing before it.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from fac_jax.corpus_files import fingerprints as corpus_fingerprints
 from fac_jax.corpus_files import local_files
 from fac_jax.coverage.measure import coverage, evaluate
 from fac_jax.coverage.select import select
+from fac_jax.diversity.measure import diversity, models, reference
 from fac_jax.downstream.finetune import finetune
 from fac_jax.features.explain import explain, generation_features
 from fac_jax.features.judge import judge
@@ -87,6 +88,7 @@ def pipeline(config: Config) -> dict[str, Stage]:
     if config.sweep != SweepConfig() and config.scan.sae is None:
         asked, made = partial(_sweep_settings, config), _store_input(config)
         stages.append(Stage("sweep", "sweep", "sweep", sweep, asked, made, distributed=True, on_request=True))
+    stages += [diversity_stage(config, name) for name in (*compared(config), *WRITTEN)]
     stages.append(Stage("report", "report", "report", report, dict, tuple(stage.name for stage in stages)))
     return {stage.name: stage for stage in stages}
 
@@ -108,6 +110,19 @@ def scan_stage(config: Config, name: str) -> Stage:
     return Stage(
         f"scan:{name}", f"scans/{name}", f"scan --data {name}", function, made_of, inputs, distributed=True
     )  # fmt: skip
+
+
+def compared(config: Config) -> list[str]:
+    """The data sets whose diversity is measured where none is named."""
+    return list(dict.fromkeys((config.coverage.seed, config.coverage.anchor)))
+
+
+def diversity_stage(config: Config, name: str) -> Stage:
+    """The diversity of one data set; the sets that synthesis writes are read from its product."""
+    inputs = (f"synthesis/{name}.jsonl",) if name in WRITTEN else ()
+    made_of, measure = partial(_diversity_settings, config, name), partial(diversity, name=name)
+    verb, folder = f"diversity --data {name}", f"diversity/{name}"
+    return Stage(f"diversity:{name}", folder, verb, measure, made_of, inputs, on_request=True)
 
 
 def _store_input(config: Config) -> tuple[str, ...]:
@@ -156,6 +171,12 @@ def _scan_settings(config: Config, name: str, peaks: str) -> dict[str, Any]:
 
 def _coverage_settings(config: Config) -> dict[str, Any]:
     return {"coverage": config.coverage, "seed": config.run.seed}
+
+
+def _diversity_settings(config: Config, name: str) -> dict[str, Any]:
+    settings = {"diversity": config.diversity, "models": models(config), "seed": config.run.seed}
+    read = dict.fromkeys([*(() if name in WRITTEN else (name,)), reference(config)])
+    return {**settings, "data": {each: data_fingerprint(config, each) for each in read}}
 
 
 def _writer(config: Config) -> dict[str, Any]:

@@ -25,8 +25,10 @@ def local_fetch(folder: Path) -> Fetch:
     return lambda name: folder / name if (folder / name).is_file() else None
 
 
-def hub_fetch(source: str) -> Fetch:
-    """Files of a hub repository, downloaded when first asked for: shards above the layer are never fetched."""
+def hub_fetch(source: str, setting: str = "backbone.model") -> Fetch:
+    """Files of a hub repository, downloaded when first asked for: shards above the layer are never fetched.
+
+    `setting` is the one that names the repository, for errors."""
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
@@ -36,7 +38,7 @@ def hub_fetch(source: str) -> Fetch:
         except LocalEntryNotFoundError as error:  # an EntryNotFoundError too, but means: the hub was not reached
             raise UserError(
                 f"{source}: not in the local cache, and the hub cannot be reached ({first_line(error)}); download the "
-                "model where there is a network and set backbone.model to its folder"
+                f"model where there is a network and set {setting} to its folder"
             ) from None
         except EntryNotFoundError:
             return None

@@ -19,6 +19,7 @@ from fac_jax.config import Config
 from fac_jax.report import apparatus, gain, gap
 from fac_jax.report.blocks import Section, render
 from fac_jax.report.costs import costs
+from fac_jax.report.diversity import diversity
 from fac_jax.report.explanations import explanations
 from fac_jax.report.markup import Html, tag
 from fac_jax.report.products import RunView, read_view
@@ -68,6 +69,7 @@ def _sections(view: RunView) -> list[Section]:
         apparatus.what_was_run(view),
         apparatus.training(view),
         *sweep(view),
+        *diversity(view),
         *costs(view),
         apparatus.methods(view),
         apparatus.limits(view),

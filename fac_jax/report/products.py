@@ -33,7 +33,7 @@ STAGES = (
     "selection",
     "finetune",
 )
-"""Stages with a folder of their own name; scans lie in scans/NAME."""
+"""Stages with a folder of their own name; scans lie in scans/NAME, diversity in diversity/NAME."""
 TESTS = ("detection", "fuzzing")
 """Tests of explanations."""
 
@@ -99,6 +99,8 @@ class RunView:
     """The language model's losses with the SAE spliced in, and a sample answer."""
     sweep: Row | None
     """sweep.json: several SAEs side by side."""
+    diversity: Mapping[str, Row]
+    """diversity.json of each data set by name."""
     scans: Mapping[str, Row]
     """scan.json of each data set by name."""
     coverage: Row | None
@@ -144,7 +146,8 @@ class RunView:
 def read_view(run_dir: Path, config: Config) -> RunView:
     """Read what there is. Raises UserError for a file that is there and cannot be read."""
     scans = {f"scan:{folder.name}": folder for folder in sorted((run_dir / "scans").glob("*"))}
-    folders = {**scans, **{name: run_dir / name for name in STAGES}}
+    diversity = {f"diversity:{folder.name}": folder for folder in sorted((run_dir / "diversity").glob("*"))}
+    folders = {**scans, **{name: run_dir / name for name in STAGES}, **diversity}
     records = {name: record for name, folder in folders.items() if (record := read_record(folder)) is not None}
     done = {name: folder for name, folder in folders.items() if name in records}
     return RunView(
@@ -155,6 +158,9 @@ def read_view(run_dir: Path, config: Config) -> RunView:
         sae=_json(done["sae"] / "config.json") if "sae" in done else None,
         splice=_json(done["splice"] / "splice.json") if "splice" in done else None,
         sweep=_json(done["sweep"] / "sweep.json") if "sweep" in done else None,
+        diversity={
+            n.removeprefix("diversity:"): _json(f / "diversity.json") for n, f in done.items() if n in diversity
+        },
         scans={n.removeprefix("scan:"): _json(f / "scan.json") for n, f in done.items() if n.startswith("scan:")},
         coverage=_json(done["coverage"] / "coverage.json") if "coverage" in done else None,
         missing=_missing(done, config),

@@ -119,7 +119,7 @@ def write_scan(folder: Path, documents: int, features: int) -> tuple[int, int]:
     missing = np.sort(generator.choice(features, features // 10, replace=False)).astype(np.int32)
     pq.write_table(pa.table({"feature": missing}), folder / "coverage/missing.parquet")
     (folder / "coverage/coverage.json").write_text(json.dumps({"sae": "made-up"}))
-    identity = Identity("anchor", "made-up", "made-up", 16, "made-up", features, 20, "topk", 10, 32)
+    identity = Identity("anchor", "made-up", "made-up", 16, "made-up", features, 20, "topk", 10, 32, "all")
     (folder / "scan/scan.json").write_text(json.dumps({"identity": dataclasses.asdict(identity)}))
     return peaks, above
 

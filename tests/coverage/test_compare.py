@@ -1,4 +1,4 @@
-"""Two scans compared: sides and counts by hand, document counts against the peaks, what is printed and what is refused."""
+"""Two scans compared: sides and counts by hand, document counts against the peaks, what is printed and refused."""
 
 from __future__ import annotations
 

@@ -14,6 +14,7 @@ import pyarrow.parquet as pq
 from fac_jax.config import BackboneConfig, Config, CoverageConfig, DataSet, FinetuneConfig, RunConfig, Source, to_yaml
 from fac_jax.coverage.measure import MISSING
 from fac_jax.coverage.select import SELECTED
+from fac_jax.diversity.measure import LEXICAL, METRICS
 from fac_jax.features.explain import EXPLANATIONS
 from fac_jax.features.judge import RELEVANCE
 from fac_jax.scan.parts import DOCUMENTS, FEATURES
@@ -45,6 +46,8 @@ STAGES = {
     "sweep": "sweep",
     "scan:anchor": "scans/anchor",
     "scan:seed": "scans/seed",
+    "diversity:anchor": "diversity/anchor",
+    "diversity:seed": "diversity/seed",
     "explanations": "explanations",
     "relevance": "relevance",
     "coverage": "coverage",
@@ -86,6 +89,8 @@ def write_run(folder: Path, payload: str = "", features: int = 23, upto: str = "
         "sweep": _sweep,
         "scan:anchor": lambda f: _scan(f, payload, features, "anchor", 612, 1.0),
         "scan:seed": lambda f: _scan(f, payload, features, "seed", 58, 0.3),
+        "diversity:anchor": lambda f: _diversity(f, "anchor", 612, 540),
+        "diversity:seed": lambda f: _diversity(f, "seed", 58, None),
         "explanations": lambda f: _explanations(f, payload, features),
         "relevance": lambda f: _relevance(f, features),
         "coverage": lambda f: _coverage(f, payload, features),
@@ -292,6 +297,23 @@ def _splice(folder: Path, payload: str) -> None:
         },
     }
     (folder / "splice.json").write_text(json.dumps(product))
+
+
+def _diversity(folder: Path, name: str, rows: int, sampled: int | None) -> None:
+    """Words are measured on all rows, embeddings on `sampled` of them, or not at all."""
+    figures: list[dict[str, Any]] = []
+    for place, metric in enumerate(METRICS):
+        value, taken = 0.25 + place, rows if metric.name in LEXICAL else sampled
+        figure = {
+            "value": value if taken else None,
+            "rows": taken or 0,
+            "of": rows if taken else 0,
+            "interval": [value - 0.125, value + 0.125] if taken and taken < rows else None,
+            "absent": None if taken else "spaCy is not installed: run `bash launch/diversity.sh CONFIG`",
+        }
+        figures.append({**vars(metric), **figure})
+    product = {"data": name, "rows": rows, "words": 9 * rows, "reference": "anchor", "seed": 0, "figures": figures}
+    (folder / "diversity.json").write_text(json.dumps(product))
 
 
 def _sweep(folder: Path) -> None:

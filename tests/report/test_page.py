@@ -167,6 +167,16 @@ def test_a_sweep_is_drawn_and_tabled(view: RunView) -> None:
     assert 'id="sweep"' not in page(dataclasses.replace(view, sweep=None))
 
 
+def test_other_measures_of_diversity_are_tabled(view: RunView) -> None:
+    """What is a sample has its interval and its rows; what is absent says why and what mends it."""
+    html = page(view)
+    section = html[html.index('id="diversity"') :].partition("</section>")[0]
+    assert list(view.diversity) == ["anchor", "seed"] and "seed (58 rows)" in section
+    assert "9.25 [9.125, 9.375] of 540" in section and "Mean length (words)" in section
+    assert section.count(">absent<") == 7 and section.count("no Vendi score: spaCy is not installed: run `bash") == 1
+    assert 'id="diversity"' not in page(dataclasses.replace(view, diversity={}))
+
+
 @pytest.mark.parametrize(
     ("upto", "command"),
     [

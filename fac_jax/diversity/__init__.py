@@ -1,0 +1,1 @@
+"""How diverse a data set is by the metrics that others report: of words, of syntax, of sentence embeddings."""
