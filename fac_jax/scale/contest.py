@@ -41,6 +41,8 @@ class Result:
     parts: dict[str, float] = field(default_factory=dict)
     count: int = 0
     """Tokens or rows of one measurement, where the contender counts them."""
+    active: int = 0
+    """Pairs of feature and document, or activations, that a scan found: those of one kind agree."""
     absent: str | None = None
     """Why it did not run."""
 
@@ -63,6 +65,7 @@ class Result:
             self.version = found["version"]
             self.parts = found.get("parts", {})
             self.count = found.get("count", 0)
+            self.active = found.get("active", 0)
 
 
 def run_json(command: Sequence[str], timeout_s: float) -> dict[str, Any]:

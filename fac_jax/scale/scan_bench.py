@@ -156,7 +156,7 @@ def rows(results: Mapping[str, Result]) -> list[dict[str, Any]]:
                 "tokens_per_second": result.rate, "median_s": result.median_s, "least_s": min(result.seconds),
                 "most_s": max(result.seconds), "peak_gib": result.peak_bytes / 2**30, "version": result.version,
                 "ahead": ours.rate / result.rate if ours is not None and ours.absent is None else None,
-                "parts": result.parts,
+                "parts": result.parts, "active": result.active,
             }  # fmt: skip
         else:
             row["absent"] = result.absent

@@ -10,7 +10,7 @@ from fac_jax.scale.bench import BENCHES, main
 
 def test_what_is_not_measured_is_named() -> None:
     with pytest.raises(
-        UserError, match="measures 'sae' or 'activations', not 'activation' .did you mean 'activations'"
+        UserError, match="measures 'sae' or 'activations' or 'scan', not 'activation' .did you mean 'activations'"
     ):
         main(["activation"])
 
