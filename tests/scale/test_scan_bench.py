@@ -29,7 +29,8 @@ def test_settings_are_checked() -> None:
 def test_ratios_are_to_the_same_kind_of_activation() -> None:
     parts = {"read and pack": 1.0, "backbone": 6.0, "encoder and top-k": 2.0, "bookkeeping": 1.0}
     found = rows({
-        "fac_jax topk": Result([2.0, 4.0, 3.0], 2**30, "v", parts, 300), "fac_jax relu": Result([6.0], 2**30, "v", {}, 300),
+        "fac_jax topk": Result([2.0, 4.0, 3.0], 2**30, "v", parts, 300),
+        "fac_jax relu": Result([6.0], 2**30, "v", {}, 300),
         "official": Result([60.0], 2**30, "v", {}, 300), "delphi": Result(absent="cannot be imported here"),
     })  # fmt: skip
     assert [row.get("tokens_per_second") for row in found] == [100.0, 50.0, 5.0, None]
@@ -61,7 +62,7 @@ def test_a_small_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
         "--documents",
         "9",
     ]
-    flags += ["--geometry", "4x64", "--out", str(tmp_path / "report.json"), "--folder", str(tmp_path)]
+    flags += ["--geometry", "8x64", "--out", str(tmp_path / "report.json"), "--folder", str(tmp_path)]
     assert bench.main(["scan", *flags]) == 0
     report = json.loads((tmp_path / "report.json").read_text())
     found = {row["contender"]: row for row in report["widths"][0]["rows"]}
