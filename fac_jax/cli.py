@@ -389,7 +389,7 @@ COMPARE = {
     "threshold": "NUMBER: a feature is covered when its peak exceeds it (default: coverage.threshold's)",
     "relevance": "FOLDER: a relevance product: only the features that it calls relevant count (default: all)",
     "spans": "N: passages kept of each feature (default: 3)",
-    "out": "FOLDER: compare.json and compare.parquet, with every feature, are written there",
+    "out": "FOLDER: compare.json, compare.parquet (every feature) and compare.svg are written there",
     "show-unsafe": "print passages, which may be harmful",
 }
 
@@ -418,8 +418,23 @@ def _compare(arguments: list[str]) -> int:
     Console(width=None if sys.stdout.isatty() else 120).print(module.printed(figures, table, "show-unsafe" in options))
     if "out" in options:
         module.write(Path(options["out"]), figures, table)
-        print(f"written: {options['out']}/compare.json, compare.parquet")
+        (Path(options["out"]) / "compare.svg").write_text(_curves(figures), encoding="utf-8")
+        print(f"written: {options['out']}/compare.json, compare.parquet, compare.svg")
     return 0
+
+
+def _curves(figures: dict[str, typing.Any]) -> str:
+    """Both sets' coverage against how much text was taken, as SVG."""
+    import math
+
+    from fac_jax.report.figures import Series, line_figure, standalone
+
+    series = []
+    for colour, (side, curve) in enumerate(zip("ab", figures["curves"], strict=True), 1):
+        points = [(math.log10(max(t, 1)), c) for t, c in zip(curve["content_tokens"], curve["covered"], strict=True)]
+        series.append(Series(figures[side]["name"], points, colour))
+    title = f"Features covered, expected (peaks above {figures['threshold']:g})"
+    return standalone(line_figure(title, series, "content tokens, powers of ten", from_zero=True))
 
 
 def _bench(arguments: list[str]) -> int:

@@ -2,7 +2,8 @@
 
 Reads two finished scans of the same model and SAE; statistics suffice, single documents are not needed. Compares all
 features of the SAE, or those that a `relevance` product calls relevant. Writes, where asked, `compare.json` (figures),
-`compare.parquet` (a row per feature, with spans of the set that covers it) and prints both in short.
+`compare.parquet` (a row per feature, with spans of the set that covers it); the command line adds a figure of the
+curves, `compare.svg`, and prints it all in short.
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ COMPARED = pa.schema(
         "b_documents_low": pa.int64(), "b_documents_high": pa.int64(), "spans": pa.list_(SPAN),
     }
 )  # fmt: skip
+CURVE_POINTS = 60
 SHOWN = 10
 """Features of each side that are printed."""
 
@@ -64,6 +66,7 @@ def compare(
         **{name: int((side == name).sum()) for name in SIDES},
         "a": _set(a, counts_a[0][asked], covers_a), "b": _set(b, counts_b[0][asked], covers_b),
         "same_documents": _same_documents(a, b, counts_a[0][asked], counts_b[0][asked]),
+        "curves": [_curve(scan, counts[0][asked]) for scan, counts in ((a, counts_a), (b, counts_b))],
     }  # fmt: skip
     shown_a, shown_b = (_spans(scan, asked, spans) for scan in (a, b))
     table = pa.table(
@@ -117,8 +120,8 @@ def printed(figures: dict[str, Any], table: pa.Table, unsafe: bool) -> Group:
     """What a terminal shows: the figures, and the strongest features of either side; passages only when `unsafe`."""
     a, b = figures["a"], figures["b"]
     what = "features" if figures["relevance"] is None else "relevant features"
-    title = f"peaks above {figures['threshold']:g}, of {figures['features']:,} {what}"
-    sets = Table("", a["name"], b["name"], box=None, title=title, title_justify="left")
+    title = Text(f"peaks above {figures['threshold']:g}, of {figures['features']:,} {what}")
+    sets = Table("", a["name"], b["name"], box=None)
     for name in ("documents", "content_tokens", "covered", "documents_for_half"):
         sets.add_row(name.replace("_", " "), *("–" if one[name] is None else f"{one[name]:,}" for one in (a, b)))
     same = figures["same_documents"]
@@ -128,15 +131,14 @@ def printed(figures: dict[str, Any], table: pa.Table, unsafe: bool) -> Group:
         "neither": "neither covers",
     }  # fmt: skip
     lines = [Text(""), *(Text(f"{words[name]}: {figures[name]:,}") for name in SIDES)]
-    parts: list[Any] = [sets, *lines]
+    parts: list[Any] = [title, sets, *lines]
     for name, column in (("only_a", "a_max"), ("only_b", "b_max")):
         rows = table.filter(pa.array(np.asarray(table["side"]) == name)).sort_by([(column, "descending")])
         if rows.num_rows:
-            title = f"\n{words[name]}, highest first"
-            best = Table("feature", "peak", "passage", box=None, title=title, title_justify="left")
+            best = Table("feature", "peak", "passage", box=None)
             for row in rows.slice(0, SHOWN).to_pylist():
                 best.add_row(str(row["feature"]), f"{row[column]:.1f}", _passage(row["spans"], unsafe))
-            parts.append(best)
+            parts += [Text(f"\n{words[name]}, highest first"), best]
     if not unsafe:
         parts.append(Text("\npassages are hidden, as they may be harmful: --show-unsafe prints them"))
     return Group(*parts)
@@ -158,6 +160,15 @@ def _set(scan: Scan, documents_f: Int[np.ndarray, " f"], covers_f: Bool[np.ndarr
         "name": scan.identity.name, "documents": total, "content_tokens": scan.counts["content_tokens"],
         "covered": covered, "documents_for_half": int(sizes[np.argmax(enough)]) if enough.any() else None,
     }  # fmt: skip
+
+
+def _curve(scan: Scan, documents_f: Int[np.ndarray, " f"]) -> dict[str, Any]:
+    """Features that so many of a set's documents cover, in expectation, and the content tokens that these have."""
+    total = scan.counts["documents"]
+    sizes = np.unique(np.geomspace(1, max(total, 1), CURVE_POINTS).round().astype(np.int64))
+    tokens = sizes * (scan.counts["content_tokens"] / max(total, 1))
+    covered = expected_covered(documents_f, total, sizes)
+    return {"documents": sizes.tolist(), "content_tokens": tokens.tolist(), "covered": covered.tolist()}
 
 
 def _same_documents(a: Scan, b: Scan, documents_a: np.ndarray, documents_b: np.ndarray) -> dict[str, float]:

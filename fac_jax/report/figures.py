@@ -10,10 +10,12 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from fac_jax.report.markup import Html, join, tag
 
 WIDTH = 340
+STYLE = Path(__file__).with_name("page.css")
 MARKED_POINTS = 8  # a line of so few points shows each of them
 
 
@@ -146,6 +148,17 @@ def interval_figure(title: str, rows: Sequence[Interval], baseline: float, basel
     marks.append(_label((left + right) / 2, height - 4, x_label, "middle"))
     said = "; ".join(f"{r.name} {r.mean:.3f} plus or minus {r.sd:.3f}" for r in rows)
     return _figure(title, f"{title}: {said}; {baseline_name} {baseline:.3f}.", height, marks)
+
+
+def standalone(figure: Html) -> str:
+    """The drawing of a figure as an SVG file of its own, in the page's colours, which follow the reader's scheme."""
+    svg = figure[figure.index("<svg") : figure.rindex("</svg>") + len("</svg>")]
+    opened = svg.index(">") + 1
+    background = '<rect width="100%" height="100%" style="fill: var(--paper)"/>'
+    title = svg[opened : svg.index("</desc>") + len("</desc>")]
+    style = f"<style><![CDATA[{STYLE.read_text(encoding='utf-8')}]]></style>"
+    rest = svg[opened + len(title) :]
+    return f'<svg xmlns="http://www.w3.org/2000/svg"{svg[4:opened]}{title}{style}{background}{rest}'
 
 
 def ticks(low: float, high: float, about: int) -> list[float]:

@@ -21,13 +21,12 @@ from fac_jax.report.blocks import Section, render
 from fac_jax.report.costs import costs
 from fac_jax.report.diversity import diversity
 from fac_jax.report.explanations import explanations
+from fac_jax.report.figures import STYLE
 from fac_jax.report.markup import Html, tag
 from fac_jax.report.products import RunView, read_view
 from fac_jax.report.sweep import sweep
 from fac_jax.report.verdict import headline, key_numbers, verdict
 from fac_jax.runs import write_text
-
-STYLE = Path(__file__).with_name("page.css")
 
 
 def report(config: Config, out: Path, inputs: Mapping[str, Path]) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from xml.etree import ElementTree
 
 import numpy as np
 import pyarrow as pa
@@ -47,6 +48,10 @@ def test_sides_are_those_of_the_peaks(folders: tuple[Path, Path]) -> None:
 def test_the_other_way_round(folders: tuple[Path, Path]) -> None:
     one, other = compare(*folders, 1.0)[0], compare(*reversed(folders), 1.0)[0]
     assert (one["only_a"], one["only_b"], one["both"]) == (other["only_b"], other["only_a"], other["both"])
+    for side, curve in zip("ab", one["curves"], strict=True):
+        assert curve["documents"][-1] == one[side]["documents"] and np.all(np.diff(curve["covered"]) >= 0)
+        assert curve["covered"][-1] == pytest.approx(one[side]["covered"])
+        assert curve["content_tokens"][-1] == pytest.approx(one[side]["content_tokens"])
     alone, _ = compare(folders[0], folders[0], 1.0)
     assert alone["only_a"] == alone["only_b"] == 0
 
@@ -78,6 +83,9 @@ def test_printed_and_written(folders: tuple[Path, Path], tmp_path: Path, capsys:
     figures = json.loads((tmp_path / "c" / "compare.json").read_text())
     assert figures["only_b"] > 0 and f"only b covers: {figures['only_b']}" in said
     assert pq.read_table(tmp_path / "c" / "compare.parquet").num_rows == FEATURES
+    drawing = ElementTree.parse(tmp_path / "c" / "compare.svg").getroot()
+    assert drawing.tag == "{http://www.w3.org/2000/svg}svg"
+    assert len(drawing.findall("{http://www.w3.org/2000/svg}polyline")) == 2
     assert main([*arguments, "--show-unsafe"]) == 0 and "word" in capsys.readouterr().out
     assert main(["coverage", "--vs", str(folders[1])]) == 1 and "needs one scan" in capsys.readouterr().err
     assert main(["coverage", str(folders[0]), "--vs", str(folders[1]), "--threshold", "x"]) == 1
