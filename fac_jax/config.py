@@ -140,10 +140,13 @@ class Source:
 
 @dataclass(frozen=True)
 class DataSet:
-    """Documents from one or more sources; a document seen twice counts once."""
+    """Documents from one or more sources."""
 
     sources: tuple[Source, ...] = ()
     """Where the documents come from, in this order."""
+    unique: bool = True
+    """A document seen twice counts once. Its id is remembered for it, 0.1 GB a million documents; false for a corpus of
+    any size that holds none twice: memory then does not depend on it."""
     sample: float = 1.0
     """Fraction of the documents kept, chosen by hash of the document id (paper: seed = a 10% subset)."""
     max_tokens: int = 256

@@ -163,7 +163,7 @@ def _splice_settings(config: Config) -> dict[str, Any]:
 
 
 def _scan_settings(config: Config, name: str, peaks: str) -> dict[str, Any]:
-    kept = peaks if peaks in ("all", "none") else fingerprint(Path(peaks))
+    kept = fingerprint(Path(peaks)) if Path(peaks).is_file() else peaks
     how = replace(config.scan, peaks=kept, share=ScanConfig.share)
     settings = {"scan": how, **_backbone(config), "sae": external_sae(config.scan.sae)}
     return settings if name in WRITTEN else {**settings, "data": data_fingerprint(config, name)}

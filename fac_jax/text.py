@@ -70,15 +70,16 @@ def make_document(turns: Iterable[Turn], label: float | None, source: str) -> Do
 
 
 def read_documents(dataset: DataSet, name: str, skipped: list[str] | None = None) -> Iterator[Document]:
-    """Documents of a data set in file order, each content once.
+    """Documents of a data set in file order, each content once (unless `unique` is false).
 
     A malformed row raises UserError with its file and row, or with `on_bad_row: skip` is logged, appended to `skipped`
     and left out. Raises UserError when nothing is left.
     """
     seen: set[str] = set()
+    found = False
     for source in dataset.sources:
         taken = 0
-        for _, document in row_documents(source, dataset.on_bad_row, skipped if skipped is not None else []):
+        for document in _row_documents(source, dataset.on_bad_row, skipped if skipped is not None else []):
             if source.limit is not None and taken >= source.limit:
                 break
             low, high = source.split
@@ -86,22 +87,21 @@ def read_documents(dataset: DataSet, name: str, skipped: list[str] | None = None
                 continue
             if document_hash(document.id, "sample") >= dataset.sample or document.id in seen:
                 continue
-            seen.add(document.id)
+            if dataset.unique:
+                seen.add(document.id)
+            found = True
             taken += 1
             yield document
-    if not seen:
+    if not found:
         raise UserError(
             f"data.{name} has no documents: {', '.join(s.path for s in dataset.sources) or 'it lists no sources'} "
             f"gave nothing under its split, sample ({dataset.sample}) and limit; widen them or mend the path"
         )
 
 
-def row_documents(source: Source, on_bad_row: str, skipped: list[str]) -> Iterator[tuple[int, Document]]:
-    """The document of every row, with the number of its file in `resolve(source.path)`.
-
-    A row may be left out; a file that cannot be read to its end always stops the run.
-    """
-    for number, file in enumerate(resolve(source.path)):
+def _row_documents(source: Source, on_bad_row: str, skipped: list[str]) -> Iterator[Document]:
+    """Documents of every file. A row may be left out; a file that cannot be read to its end always stops the run."""
+    for file in resolve(source.path):
         for where, row in _read_rows(file, source):
             try:
                 if isinstance(row, UserError):
@@ -115,7 +115,7 @@ def row_documents(source: Source, on_bad_row: str, skipped: list[str]) -> Iterat
                 skipped.append(str(error))
                 log.warning("left out: %s", error)
             else:
-                yield number, document
+                yield document
 
 
 def _row_document(row: Any, source: Source, where: str) -> Document:

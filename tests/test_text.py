@@ -173,6 +173,8 @@ def test_a_document_seen_twice_counts_once_and_limits_hold(tmp_path: Path) -> No
     (tmp_path / "a.jsonl").write_text("\n".join(json.dumps({"text": t}) for t in ["x", "x", "y", "z"]))
     source = Source(str(tmp_path / "a.jsonl"))
     assert [d.text for d in read_documents(DataSet(sources=(source, source)), "x")] == ["x", "y", "z"]
+    every = DataSet(sources=(source, source), unique=False)
+    assert [d.text for d in read_documents(every, "x")] == ["x", "x", "y", "z"] * 2
     limited = Source(source.path, limit=2)
     assert len(list(read_documents(DataSet(sources=(limited,)), "x"))) == 2
 

@@ -18,6 +18,7 @@ from jaxtyping import Bool, Float32, Int, Int32, Int64
 from scipy.sparse import csr_array
 
 from fac_jax.errors import UserError
+from fac_jax.plain import digest
 from fac_jax.scan.parts import Identity, read_identity
 
 
@@ -47,6 +48,7 @@ def read_pool(folder: Path, wanted_f: Bool[np.ndarray, " f"], threshold: float) 
     """The documents of a scan with their peaks above `threshold`, strictly, of the features in `wanted_f`."""
     if not threshold >= 0:
         raise UserError(f"the threshold is {threshold}; peaks are at least 0, so it must be at least 0")
+    _check_kept(folder, wanted_f)
     documents = pq.read_table(folder / "documents.parquet", columns=["id", "content_tokens"])
     count_n = np.zeros(documents.num_rows, np.int64)
     features, peaks = [np.zeros(0, np.int32)], [np.zeros(0, np.float32)]
@@ -71,6 +73,21 @@ def read_pool(folder: Path, wanted_f: Bool[np.ndarray, " f"], threshold: float) 
         id_n=np.array(documents["id"].to_pylist(), dtype=str)[order],
         tokens_n=documents["content_tokens"].to_numpy().astype(np.int64)[order],
     )
+
+
+def _check_kept(folder: Path, wanted_f: Bool[np.ndarray, " f"]) -> None:
+    """Raise UserError when the scan did not keep, document by document, the peaks of all that is wanted."""
+    kept = scan_identity(folder).peaks
+    if kept == "none":
+        raise UserError(
+            f"the scan in {folder} kept no single documents, and documents are picked by their peaks: run `fac scan "
+            f"CONFIG --data {folder.name} --scan.peaks all` (or coverage/missing.parquet of the run, for these alone)"
+        )
+    if kept not in ("all", digest(np.flatnonzero(wanted_f).tolist())):
+        raise UserError(
+            f"the scan in {folder} kept the peaks of other features than the {np.count_nonzero(wanted_f):,} sought: "
+            f"run `fac scan CONFIG --data {folder.name} --scan.peaks all`, or with the file of features that is sought now"
+        )
 
 
 def read_peaks(

@@ -20,6 +20,7 @@ from fac_jax.coverage.pool import read_documents_at, read_pool
 from fac_jax.coverage.select import CURVE_POINTS, curve_ranks, select
 from fac_jax.errors import UserError
 from fac_jax.pipeline import pipeline
+from fac_jax.plain import digest
 
 CONFIG = Config(coverage=CoverageConfig(threshold=1.0, sweep=(), length_match_draws=1))
 ANCHOR = np.array(
@@ -141,6 +142,27 @@ def test_a_scan_that_cannot_be_picked_from(
         made(tmp_path, inputs)
     (folder / "scan.json").unlink()
     with pytest.raises(UserError, match="anchor holds no finished scan"):
+        made(tmp_path, inputs)
+
+
+def test_a_scan_that_kept_some_peaks(tmp_path: Path, inputs: dict[str, Path]) -> None:
+    """Peaks of the features sought are enough; those of others would be missing without a word."""
+    expected = made(tmp_path, inputs)
+    file = inputs["scan:anchor"] / "scan.json"
+    product = json.loads(file.read_text())
+
+    def keep(peaks: str) -> None:
+        file.write_text(json.dumps({**product, "identity": {**product["identity"], "peaks": peaks}}))
+
+    keep(digest([1, 2, 3]))
+    assert made(tmp_path, inputs) == expected
+    with pytest.raises(UserError, match="kept the peaks of other features than the 6 sought: run `fac scan CONFIG"):
+        made(tmp_path, inputs, target="all")
+    keep(digest([1, 2]))
+    with pytest.raises(UserError, match="kept the peaks of other features than the 3 sought"):
+        made(tmp_path, inputs)
+    keep("none")
+    with pytest.raises(UserError, match="kept no single documents, .*--scan.peaks all"):
         made(tmp_path, inputs)
 
 
