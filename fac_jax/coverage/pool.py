@@ -86,7 +86,7 @@ def _check_kept(folder: Path, wanted_f: Bool[np.ndarray, " f"]) -> None:
     if kept not in ("all", digest(np.flatnonzero(wanted_f).tolist())):
         raise UserError(
             f"the scan in {folder} kept the peaks of other features than the {np.count_nonzero(wanted_f):,} sought: "
-            f"run `fac scan CONFIG --data {folder.name} --scan.peaks all`, or with the file of features that is sought now"
+            f"run `fac scan CONFIG --data {folder.name} --scan.peaks all`, or with the file of those"
         )
 
 

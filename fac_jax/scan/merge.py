@@ -23,6 +23,7 @@ from fac_jax.runs import writing_folder
 from fac_jax.scan import parts
 from fac_jax.scan.parts import Counts, Identity
 from fac_jax.scan.spans import merge_summaries
+from fac_jax.scan.tally import id_numbers
 
 
 def merge_scans(into: Path, folders: Sequence[Path]) -> dict[str, Any]:
@@ -86,7 +87,7 @@ def _check_disjoint(folders: Sequence[Path]) -> None:
     numbers: list[np.ndarray] = []
     for folder in folders:
         ids = pq.read_table(folder / "documents.parquet", columns=["id"])["id"].to_pylist()
-        numbers.append(np.unique(np.array([int(name, 16) for name in ids], np.uint64)))
+        numbers.append(np.unique(id_numbers(ids)))
     every = np.concatenate(numbers)
     if twice := len(every) - len(np.unique(every)):
         raise UserError(

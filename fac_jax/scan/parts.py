@@ -31,7 +31,7 @@ from fac_jax.plain import from_plain, to_plain
 from fac_jax.runs import write_text, writing
 from fac_jax.scan.peaks import Acts, BatchPeaks
 from fac_jax.scan.spans import EDGES, NO_ID, TEXTS, FeatureStats, Summary, empty_summary, merge_summaries
-from fac_jax.scan.tally import id_numbers
+from fac_jax.scan.tally import id_names, id_numbers
 from fac_jax.scan.units import UNIT_DOCUMENTS, Cursor, Share
 
 DOCUMENTS = pa.schema(
@@ -318,7 +318,7 @@ def features_table(summary: Summary, ordinals: Mapping[str, int] | None = None) 
     """features.parquet: one row per feature. `ordinals` are the places in documents.parquet, where there is one."""
     stats = summary.stats
     there = stats.span_fn >= 0
-    ids = [f"{number:016x}" for number in stats.id_fn[there].tolist()]
+    ids = id_names(stats.id_fn[there])
     places = [None] * len(ids) if ordinals is None else [ordinals[name] for name in ids]
     columns = [
         pa.array(places, pa.int64()), pa.array(ids, pa.string()), pa.array(stats.score_fn[there]),
@@ -369,7 +369,7 @@ def summary_of(table: pa.Table, top_spans: int) -> Summary:
 
 def _ordinals(documents: Path, stats: FeatureStats) -> dict[str, int]:
     """Place in documents.parquet of each document that some feature has a span in; of several equal ones the first."""
-    wanted = pa.array([f"{number:016x}" for number in np.unique(stats.id_fn[stats.id_fn != NO_ID]).tolist()])
+    wanted = pa.array(id_names(np.unique(stats.id_fn[stats.id_fn != NO_ID])), pa.string())
     found: dict[str, int] = {}
     file = pq.ParquetFile(documents)
     for batch in file.iter_batches(batch_size=DOCUMENTS_PER_GROUP, columns=["index", "id"]):

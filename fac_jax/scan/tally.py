@@ -85,7 +85,13 @@ def slots(ids: Sequence[str], first_place: int, size: int) -> Slots:
 
 def id_numbers(ids: Sequence[str]) -> UInt64[np.ndarray, " n"]:
     """Document ids, 16 hex digits each, as numbers."""
-    return np.array([int(name, 16) for name in ids], np.uint64)
+    return np.frombuffer(bytes.fromhex("".join(ids)), ">u8").astype(np.uint64)
+
+
+def id_names(numbers: UInt64[np.ndarray, " n"]) -> list[str]:
+    """What `id_numbers` made numbers of."""
+    digits = numbers.astype(">u8").tobytes().hex()
+    return [digits[start : start + 16] for start in range(0, len(digits), 16)]
 
 
 @partial(jax.jit, donate_argnums=0, static_argnames="mesh")
