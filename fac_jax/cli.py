@@ -11,6 +11,7 @@ import dataclasses
 import errno
 import logging
 import os
+import select
 import sys
 import typing
 from collections.abc import Callable
@@ -63,6 +64,10 @@ def _main(arguments: list[str]) -> int:
         errors.print("[bold red]error:[/] ", end="")
         errors.print(str(error), markup=False)
         return 1
+    except BrokenPipeError:
+        if not _reader_has_gone():
+            raise
+        return 0
     except Unfinished as unfinished:
         errors.print(str(unfinished), markup=False)
         return 0
@@ -84,6 +89,16 @@ def _main(arguments: list[str]) -> int:
             markup=False,
         )
         return 1
+
+
+def _reader_has_gone() -> bool:
+    """Whether nobody reads standard output any more, as after `| head`; what is left to print then goes nowhere."""
+    output = select.poll()
+    output.register(sys.stdout, 0)
+    if not any(event & select.POLLERR for _, event in output.poll(0)):
+        return False
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return True
 
 
 def _dispatch(arguments: list[str]) -> int:

@@ -143,3 +143,16 @@ def test_doctor_finds_what_to_mend(capsys: pytest.CaptureFixture[str], tmp_path:
     assert status == 0 and "data.anchor: 13 files" in out and "mend " not in out
     status, out, err = run(capsys, "doctor", QUICKSTART, "--llm.url", "http://127.0.0.1:9/v1", "--mesh.feature", "64")
     assert status == 1 and "2 of the checks" in err and "needs 64 devices" in out and "http://127.0.0.1:9/v1" in out
+
+
+def test_a_reader_that_leaves_early_is_no_error() -> None:
+    """As `fac scan --help | head -1` does."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    command = [sys.executable, "-m", "fac_jax.cli", "scan", "--help"]
+    for buffered in ({"PYTHONUNBUFFERED": "1"}, {}):
+        done = subprocess.run(
+            command, stdout=writing, stderr=subprocess.PIPE, text=True, env=os.environ | buffered, check=False
+        )
+        assert "Traceback" not in done.stderr and "Broken pipe" not in done.stderr, done.stderr
+    os.close(writing)

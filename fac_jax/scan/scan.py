@@ -15,6 +15,7 @@ several commands, each take a share of the corpus (`units.py`).
 from __future__ import annotations
 
 import json
+import math
 import shutil
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -146,6 +147,7 @@ def scan(config: Config, out: Path, inputs: Mapping[str, Path], name: str, peaks
     if not (out / "scan.json").exists():
         empty = "synthesis" in inputs and not _has_rows(dataset)
         scan_share(config, out, identity, kept_f, loaded, sae, share, None if empty else dataset)
+        beat(f"scanning {name}: waiting for the other shares", math.inf)  # they may be longer; the dead have no pulse
         wait_for_all(f"{name} is scanned")
         if is_first():
             parts.finish(out, _finished_shares(out, share))
