@@ -34,7 +34,7 @@ from fac_jax.llm.exchange import chat_body
 from fac_jax.llm.ledger import guessed_tokens, price, read_ledger, sum_of
 from fac_jax.pipeline import pipeline
 from fac_jax.runs import Run
-from fac_jax.scan.scan import load_scan, load_scans
+from fac_jax.scan.product import load_scan, load_scans
 from fac_jax.synthesis import contrast
 from fac_jax.synthesis.generations import write_all
 from fac_jax.synthesis.plan import make_plan

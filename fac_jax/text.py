@@ -28,6 +28,8 @@ from fac_jax.errors import UserError, first_line
 
 log = logging.getLogger(__name__)
 USER = "user"
+COUNTED_BYTES = 2**28
+"""Corpora up to this size are read once to count their documents: a few seconds."""
 POSITIVE_ABOVE = 0.5
 """A label above this is positive."""
 BLOCK_BYTES = 2**23
@@ -97,6 +99,16 @@ def read_documents(dataset: DataSet, name: str, skipped: list[str] | None = None
             f"data.{name} has no documents: {', '.join(s.path for s in dataset.sources) or 'it lists no sources'} "
             f"gave nothing under its split, sample ({dataset.sample}) and limit; widen them or mend the path"
         )
+
+
+def count_documents(dataset: DataSet, name: str) -> int | None:
+    """How many `read_documents` gives, for an ETA; None where reading them all for that would take long, or log every
+    malformed row twice."""
+    if dataset.on_bad_row == "skip":
+        return None
+    if sum(file.size for source in dataset.sources for file in resolve(source.path)) > COUNTED_BYTES:
+        return None
+    return sum(1 for _ in read_documents(dataset, name))
 
 
 def _row_documents(source: Source, on_bad_row: str, skipped: list[str]) -> Iterator[Document]:

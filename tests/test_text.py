@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,10 +12,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from fac_jax import text
 from fac_jax.config import DataSet, Source
 from fac_jax.corpus_files import resolve
 from fac_jax.errors import UserError
-from fac_jax.text import Turn, document_hash, make_document, read_documents
+from fac_jax.text import Turn, count_documents, document_hash, make_document, read_documents
 
 
 def rows() -> list[dict[str, object]]:
@@ -183,3 +185,12 @@ def test_document_hash_is_uniform_and_salted() -> None:
     values = np.array([document_hash(f"{i:016x}", "a") for i in range(2000)])
     assert 0.45 < values.mean() < 0.55 and values.min() >= 0 and values.max() < 1
     assert document_hash("00", "a") != document_hash("00", "b")
+
+
+def test_only_corpora_that_are_soon_read_are_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "a.jsonl").write_text("\n".join(json.dumps({"text": t}) for t in ["x", "x", "y"]))
+    data = DataSet(sources=(Source(str(tmp_path / "a.jsonl")),))
+    assert count_documents(data, "x") == 2
+    assert count_documents(replace(data, on_bad_row="skip"), "x") is None
+    monkeypatch.setattr(text, "COUNTED_BYTES", 10)
+    assert count_documents(data, "x") is None

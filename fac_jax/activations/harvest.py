@@ -47,7 +47,7 @@ from fac_jax.packing import PackedBatch, encode, pack
 from fac_jax.plain import digest
 from fac_jax.progress import Bar, progress
 from fac_jax.runs import write_text
-from fac_jax.text import document_hash, read_documents
+from fac_jax.text import count_documents, document_hash, read_documents
 
 log = logging.getLogger(__name__)
 
@@ -171,10 +171,9 @@ def _progress(
     if share is not None:
         return progress("harvest", max(share - counts.get("content_tokens", 0), 0), "tokens")
     dataset, name = config.dataset(config.harvest.data), config.harvest.data
-    if dataset.on_bad_row == "skip":  # counting would log every malformed row twice
-        return progress("harvest", None, "documents")
-    documents = sum(1 for _ in read_documents(dataset, name)) // writers
-    return progress("harvest", max(documents - counts.get("documents", 0), 0), "documents")
+    total = count_documents(dataset, name)
+    left = None if total is None else max(total // writers - counts.get("documents", 0), 0)
+    return progress("harvest", left, "documents")
 
 
 def _batches(

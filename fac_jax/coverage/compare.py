@@ -24,7 +24,7 @@ from fac_jax.coverage.fac import expected_covered
 from fac_jax.errors import UserError
 from fac_jax.features.judge import relevant_features
 from fac_jax.runs import write_text, writing
-from fac_jax.scan.scan import Scan, load_scans
+from fac_jax.scan.product import Scan, load_scans
 from fac_jax.scan.spans import EDGES
 
 SIDES = ("both", "only_a", "only_b", "neither")

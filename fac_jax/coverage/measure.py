@@ -26,7 +26,7 @@ from fac_jax.coverage.validity import validity
 from fac_jax.errors import UserError
 from fac_jax.features.judge import relevant_features, what_makes_relevant
 from fac_jax.runs import write_text, writing
-from fac_jax.scan.scan import Scan, load_scans
+from fac_jax.scan.product import Scan, load_scans
 
 CURVE_POINTS = 25
 MISSING = pa.schema(

@@ -30,7 +30,7 @@ from fac_jax.downstream.evaluate import auprc, auroc, paired_bootstrap, spread
 from fac_jax.downstream.head import fit
 from fac_jax.errors import UserError
 from fac_jax.runs import write_text, writing
-from fac_jax.scan.scan import Scan, load_scans
+from fac_jax.scan.product import Scan, load_scans
 from fac_jax.text import POSITIVE_ABOVE
 
 COMPARED = (("seed+kept", "seed"), ("seed+random", "seed"), ("seed+kept", "seed+random"))

@@ -26,7 +26,7 @@ from fac_jax.mesh import DATA
 from fac_jax.progress import progress
 from fac_jax.sae.checkpoint import LoadedSae
 from fac_jax.sae.topk import top_k
-from fac_jax.scan.scan import Scan
+from fac_jax.scan.product import Scan
 from fac_jax.scan.spans import decode
 
 PRIOR_TOKENS = 10.0

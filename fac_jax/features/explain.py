@@ -39,7 +39,7 @@ from fac_jax.llm.structured import Answer
 from fac_jax.mesh import make_mesh
 from fac_jax.runs import writing
 from fac_jax.sae.checkpoint import load_sae
-from fac_jax.scan.scan import Scan, check_sae, load_scan
+from fac_jax.scan.product import Scan, check_sae, load_scan
 from fac_jax.scan.scorer import open_scorer
 
 EXPLANATIONS = pa.schema(

@@ -33,7 +33,7 @@ from fac_jax.llm.client import open_generator
 from fac_jax.mesh import make_mesh
 from fac_jax.runs import write_text, writing
 from fac_jax.scan.parts import Identity
-from fac_jax.scan.scan import Scan, load_scan
+from fac_jax.scan.product import Scan, load_scan
 from fac_jax.text import POSITIVE_ABOVE
 
 RELEVANCE = pa.schema(

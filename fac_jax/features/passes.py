@@ -33,7 +33,7 @@ from fac_jax.features.task import Task
 from fac_jax.llm.client import Generator
 from fac_jax.llm.question import label_schema, question
 from fac_jax.llm.structured import Answer
-from fac_jax.scan.scan import Scan
+from fac_jax.scan.product import Scan
 
 
 def judge_with(

@@ -22,7 +22,7 @@ from jaxtyping import Bool, Float32, Int, Int32, Int64
 from transformers import PreTrainedTokenizerFast
 
 from fac_jax.config import ExplainConfig
-from fac_jax.scan.scan import Scan
+from fac_jax.scan.product import Scan
 from fac_jax.scan.spans import decode, span_text
 from fac_jax.text import document_hash
 

@@ -30,7 +30,9 @@ from fac_jax.sae.checkpoint import LoadedSae
 from fac_jax.scan import parts as files
 from fac_jax.scan.parts import Identity
 from fac_jax.scan.peaks import tables_of
-from fac_jax.scan.scan import Stretch, kept_features, load_scorer, scan_share
+from fac_jax.scan.scan import kept_features, scan_share
+from fac_jax.scan.scorer import load_scorer
+from fac_jax.scan.stretch import Stretch
 from fac_jax.scan.units import Share
 
 DATA = "documents"

@@ -19,7 +19,7 @@ from jaxtyping import Int
 
 from fac_jax.config import Config, SynthesizeConfig
 from fac_jax.features.task import SampleShape, load_task
-from fac_jax.scan.scan import Scan
+from fac_jax.scan.product import Scan
 from fac_jax.synthesis.contrast import Target
 from fac_jax.synthesis.generations import Sampling
 from fac_jax.synthesis.prompt import Example, Prompt, load_prompt

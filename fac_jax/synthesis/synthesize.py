@@ -28,7 +28,7 @@ from fac_jax.features.task import SampleShape
 from fac_jax.llm.client import Generator, open_generator
 from fac_jax.mesh import make_mesh
 from fac_jax.runs import write_text, writing
-from fac_jax.scan.scan import load_scans
+from fac_jax.scan.product import load_scans
 from fac_jax.scan.scorer import Score, open_scorer
 from fac_jax.synthesis import contrast, cover
 from fac_jax.synthesis.contrast import Pair

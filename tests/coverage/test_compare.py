@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from fac_jax.cli import main
 from fac_jax.coverage.compare import compare, documents_above
 from fac_jax.errors import UserError
-from fac_jax.scan.scan import load_scan
+from fac_jax.scan.product import load_scan
 from fac_jax.scan.spans import EDGES
 from tests.scan.test_merge import FEATURES, make, peaks_of, texts
 

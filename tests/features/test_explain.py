@@ -35,7 +35,7 @@ from fac_jax.features.spans import explaining_half, read_passages
 from fac_jax.llm.client import Request
 from fac_jax.llm.fake import FakeGenerator
 from fac_jax.sae.model import SAE
-from fac_jax.scan.scan import Scan
+from fac_jax.scan.product import Scan
 from tests.scan.written_scan import altered
 
 Make = Callable[..., Scan]

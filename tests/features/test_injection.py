@@ -18,7 +18,7 @@ from fac_jax.llm import question as question_module
 from fac_jax.llm.client import Request
 from fac_jax.llm.fake import FakeGenerator
 from fac_jax.llm.question import MAX_TOKENS, question
-from fac_jax.scan.scan import Scan
+from fac_jax.scan.product import Scan
 from tests.features.gullible import gullible, injections, ordered
 
 PLANTED = injections()

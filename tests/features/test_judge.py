@@ -18,7 +18,7 @@ from fac_jax.features.judge import judge, relevant_features
 from fac_jax.llm.client import Request
 from fac_jax.llm.fake import FakeGenerator
 from fac_jax.llm.question import data_shown
-from fac_jax.scan.scan import Scan
+from fac_jax.scan.product import Scan
 from tests.scan.written_scan import altered
 
 Make = Callable[..., Scan]

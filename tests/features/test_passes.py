@@ -19,7 +19,7 @@ from fac_jax.features.task import load_task
 from fac_jax.llm.client import Request
 from fac_jax.llm.fake import FakeGenerator
 from fac_jax.llm.question import data_shown
-from fac_jax.scan.scan import Scan
+from fac_jax.scan.product import Scan
 
 Make = Callable[..., Scan]
 ON_VILE, ON_ANIMALS, ON_EVERYTHING, ON_ONE = range(4)  # as in conftest.py

@@ -21,7 +21,7 @@ from fac_jax.features.spans import (
     read_passages,
     spread,
 )
-from fac_jax.scan.scan import Scan
+from fac_jax.scan.product import Scan
 from fac_jax.scan.spans import span_bounds
 from fac_jax.text import document_hash
 from tests.features.topics import (

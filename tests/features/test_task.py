@@ -22,7 +22,7 @@ from fac_jax.features.task import FOLDER, SHARED, SampleShape, Task, load_task, 
 from fac_jax.llm.client import Request
 from fac_jax.llm.fake import FakeGenerator
 from fac_jax.llm.question import question
-from fac_jax.scan.scan import Scan
+from fac_jax.scan.product import Scan
 
 README = FOLDER / "README.md"
 

@@ -18,7 +18,7 @@ from fac_jax.packing import encode, pack
 from fac_jax.scan.merge import merge_scans
 from fac_jax.scan.parts import Identity
 from fac_jax.scan.peaks import BatchPeaks
-from fac_jax.scan.scan import load_scan
+from fac_jax.scan.product import load_scan
 from fac_jax.text import Turn, make_document
 from tests.scan.written_scan import write_scan
 from tests.word_tokenizer import word_tokenizer

@@ -21,9 +21,10 @@ from fac_jax.errors import Unfinished, UserError
 from fac_jax.packing import encode
 from fac_jax.sae.checkpoint import LoadedSae, load_sae, save_sae
 from fac_jax.sae.model import SAE
-from fac_jax.scan import parts, units
-from fac_jax.scan import scan as module
-from fac_jax.scan.scan import check_sae, kept_features, load_scan, peaks_of, scan
+from fac_jax.scan import parts, scorer, stretch, units
+from fac_jax.scan.product import check_sae, load_scan
+from fac_jax.scan.scan import kept_features, scan
+from fac_jax.scan.scorer import peaks_of
 from fac_jax.text import read_documents
 from tests.word_tokenizer import word_tokenizer
 
@@ -52,9 +53,9 @@ def config(tmp_path: Path, backbone: Any, monkeypatch: pytest.MonkeyPatch) -> Co
     def load_backbone(model: str, layers: int, dtype: str, mesh: Any) -> Any:
         return SimpleNamespace(mesh=mesh, **vars(backbone))
 
-    monkeypatch.setattr(module, "load_backbone", load_backbone)
-    monkeypatch.setattr(module, "load_sae", lambda folder, *expected: sae_of(int(folder.name.removeprefix("sae"))))
-    monkeypatch.setattr(module, "own_mesh", lambda config, devices: _mesh())
+    monkeypatch.setattr(scorer, "load_backbone", load_backbone)
+    monkeypatch.setattr(scorer, "load_sae", lambda folder, *expected: sae_of(int(folder.name.removeprefix("sae"))))
+    monkeypatch.setattr(scorer, "own_mesh", lambda config, devices: _mesh())
     generator = np.random.default_rng(3)
     rows = [
         {"text": " ".join(generator.choice(WORDS[2:], generator.integers(1, 12))), "harm": int(i % 2)}
@@ -165,11 +166,11 @@ def test_killed_and_run_again_gives_the_same_bytes(
     config: Config, tmp_path: Path, peaks: str, dies_at: int, last: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = dataclasses.replace(config, scan=dataclasses.replace(config.scan, peaks=peaks))
-    monkeypatch.setattr(module, "COMMIT_DOCUMENTS", 6)
+    monkeypatch.setattr(stretch, "COMMIT_DOCUMENTS", 6)
     monkeypatch.setattr(units, "UNIT_DOCUMENTS", 25)
     monkeypatch.setattr(parts, "UNIT_DOCUMENTS", 25)
     whole = run(config, tmp_path / "whole")
-    dispatched, commits, done = _count_calls(monkeypatch, "dispatch"), parts.commit, []
+    dispatched, commits, done = _count_calls(monkeypatch), parts.commit, []
 
     def dying(*args: Any) -> None:
         if len(done) == dies_at:
@@ -247,28 +248,29 @@ def test_peaks_of_chosen_features(config: Config, tmp_path: Path) -> None:
             kept_features(str(tmp_path / "wrong.parquet"), FEATURES)
 
 
-def _count_calls(monkeypatch: pytest.MonkeyPatch, name: str) -> Callable[[], int]:
-    real, calls = getattr(module, name), []
+def _count_calls(monkeypatch: pytest.MonkeyPatch) -> Callable[[], int]:
+    """How many batches went to the device."""
+    real, calls = scorer.dispatch, []
 
     def counted(*args: Any) -> Any:
         calls.append(1)
         return real(*args)
 
-    monkeypatch.setattr(module, name, counted)
+    monkeypatch.setattr(scorer, "dispatch", counted)
     return lambda: len(calls)
 
 
 def test_killed_after_the_product_was_written(config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     counts = run(config, tmp_path / "out")
     before = fingerprints(tmp_path / "out")
-    dispatched = _count_calls(monkeypatch, "dispatch")
+    dispatched = _count_calls(monkeypatch)
     assert run(config, tmp_path / "out") == counts and dispatched() == 0
     assert fingerprints(tmp_path / "out") == before
 
 
 @pytest.mark.parametrize("which", [0, 2, -1])
 def test_a_missing_piece_is_named(config: Config, tmp_path: Path, which: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "COMMIT_DOCUMENTS", 6)
+    monkeypatch.setattr(stretch, "COMMIT_DOCUMENTS", 6)
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(parts, "finish", _interrupt)
         run(config, tmp_path / "out")
@@ -296,7 +298,7 @@ def test_a_scan_with_another_sae_is_not_mixed_in(config: Config, tmp_path: Path)
 
 
 def test_an_sae_that_does_not_fit_the_backbone(config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "load_sae", load_sae)
+    monkeypatch.setattr(scorer, "load_sae", load_sae)
     card = {"k": K, "variant": "topk", "model": "toy", "rows": 1, "steps": 1, "metrics": {}}
     for name, width, layer, model in (("w", 8, 3, "model-1"), ("l", D, 2, "model-1"), ("m", D, 3, "model-2")):
         sae = SAE(jnp.zeros((FEATURES, width)), jnp.zeros(FEATURES), jnp.zeros(width))
@@ -346,7 +348,7 @@ def test_what_synthesis_wrote_may_be_empty(config: Config, tmp_path: Path) -> No
 
 def test_peaks_of_documents_in_memory_are_those_of_the_scan(config: Config, tmp_path: Path) -> None:
     run(config, tmp_path / "out")
-    loaded = module.load_backbone("", 3, "auto", _mesh())
+    loaded = scorer.load_backbone("", 3, "auto", _mesh())
     encoded = [encode(d, loaded.tokenizer, 16) for d in read_documents(config.data["anchor"], "anchor")]
     for acts in ("topk", "relu"):
         peaks = peaks_of(encoded, loaded, sae_of(1), acts, config.backbone)

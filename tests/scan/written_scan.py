@@ -14,7 +14,7 @@ from fac_jax.packing import PackedBatch
 from fac_jax.scan import parts
 from fac_jax.scan.parts import Counts, Identity
 from fac_jax.scan.peaks import BatchPeaks
-from fac_jax.scan.scan import Scan, load_scan
+from fac_jax.scan.product import Scan, load_scan
 from fac_jax.scan.spans import TEXTS, extend, span_text
 from fac_jax.scan.tally import id_numbers
 from fac_jax.scan.units import Share

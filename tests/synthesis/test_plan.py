@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from fac_jax.scan.scan import load_scans
+from fac_jax.scan.product import load_scans
 from fac_jax.synthesis.plan import _example_text, about, make_plan
 from fac_jax.synthesis.samples import normalised
 from tests.synthesis.toy_world import SEEN, TOPICS, Toy, feature, message
