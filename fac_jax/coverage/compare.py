@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from jaxtyping import Bool, Int, Int64
+from jaxtyping import Bool, Float32, Int, Int64
 from rich.console import Group
 from rich.table import Table
 from rich.text import Text
@@ -58,14 +58,15 @@ def compare(
     asked = np.flatnonzero(asked_f)
     max_a, max_b = (scan.features("max")["max"].to_numpy()[asked] for scan in (a, b))
     covers_a, covers_b = max_a > threshold, max_b > threshold
-    side = np.select([covers_a & covers_b, covers_a, covers_b], SIDES[:3], SIDES[3])
+    side = _sides(max_a, max_b, threshold)
     counts_a, counts_b = (documents_above(scan, threshold) for scan in (a, b))
     figures = {
-        "threshold": threshold, "features": len(asked), "relevance": None if relevance is None else str(relevance),
+        "features": len(asked), "relevance": None if relevance is None else str(relevance),
         "sae": a.identity.sae, "acts": a.identity.acts,
-        **{name: int((side == name).sum()) for name in SIDES},
+        **_counts(max_a, max_b, threshold),
         "a": _set(a, counts_a[0][asked], covers_a), "b": _set(b, counts_b[0][asked], covers_b),
         "same_documents": _same_documents(a, b, counts_a[0][asked], counts_b[0][asked]),
+        "sweep": [_counts(max_a, max_b, level) for level in sorted({0.0, threshold, *EDGES.tolist()})],
         "curves": [_curve(scan, counts[0][asked]) for scan, counts in ((a, counts_a), (b, counts_b))],
     }  # fmt: skip
     shown_a, shown_b = (_spans(scan, asked, spans) for scan in (a, b))
@@ -84,6 +85,18 @@ def compare(
         }
     ).cast(COMPARED)  # fmt: skip
     return figures, table
+
+
+def _sides(max_a: Float32[np.ndarray, " m"], max_b: Float32[np.ndarray, " m"], threshold: float) -> np.ndarray:
+    """Which of SIDES each feature is on."""
+    covers_a, covers_b = max_a > threshold, max_b > threshold
+    return np.select([covers_a & covers_b, covers_a, covers_b], SIDES[:3], SIDES[3])
+
+
+def _counts(max_a: Float32[np.ndarray, " m"], max_b: Float32[np.ndarray, " m"], threshold: float) -> dict[str, Any]:
+    """Features on each side, at one threshold."""
+    side = _sides(max_a, max_b, threshold)
+    return {"threshold": threshold, **{name: int((side == name).sum()) for name in SIDES}}
 
 
 def documents_above(scan: Scan, threshold: float) -> tuple[Int64[np.ndarray, " f"], Int64[np.ndarray, " f"]]:

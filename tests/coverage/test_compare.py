@@ -38,6 +38,9 @@ def test_sides_are_those_of_the_peaks(folders: tuple[Path, Path]) -> None:
         assert {name: figures[name] for name in names.values()} == {n: expected.count(n) for n in names.values()}
         assert (figures["a"]["covered"], figures["b"]["covered"]) == tuple(int(one.sum()) for one in covers)
         assert figures["same_documents"]["documents"] == 4
+        (level,) = [row for row in figures["sweep"] if row["threshold"] == threshold]
+        assert level == {name: figures[name] for name in level}
+        assert [row["neither"] for row in figures["sweep"]] == sorted(row["neither"] for row in figures["sweep"])
         for row in table.to_pylist():
             assert len(row["spans"]) == (0 if row["side"] == "neither" else min(2, len(row["spans"])))
             assert row["side"] == "neither" or row["spans"][0]["score"] == max(
