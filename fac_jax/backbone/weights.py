@@ -21,7 +21,7 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 from jax.stages import Lowered, Wrapped
 from jaxtyping import Array, Float
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
 from fac_jax import plain
 from fac_jax.backbone import gguf_file
@@ -201,6 +201,8 @@ def load_tokenizer(source: str) -> PreTrainedTokenizerFast:
     gguf = _gguf_path(source)
     if gguf is not None:
         return gguf_file.read_tokenizer(gguf)
+    from transformers import AutoTokenizer  # with torch installed it imports that as well: six seconds
+
     folder = Path(source).expanduser()
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(folder) if folder.is_dir() else source)

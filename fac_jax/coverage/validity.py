@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 from jaxtyping import Bool, Int
 from scipy.sparse import csr_array
-from scipy.stats import spearmanr
 
 DENSE = 0.1
 """Share of all content tokens above which a feature is dense: it is there with any text."""
@@ -59,5 +58,7 @@ def validity(
 def _of_length(tokens_n: np.ndarray, activated_n: np.ndarray) -> tuple[float | None, float | None]:
     if len(set(tokens_n.tolist())) < 2 or len(set(activated_n.tolist())) < 2:
         return None, None
+    from scipy.stats import spearmanr  # a second to import, and every command would pay it
+
     pearson = np.corrcoef(np.log1p(tokens_n), np.log1p(activated_n))[0, 1]
     return float(spearmanr(tokens_n, activated_n).statistic), float(pearson**2)

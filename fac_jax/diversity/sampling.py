@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 from jaxtyping import Int64
-from scipy.stats import t as student
+from scipy.special import stdtrit
 
 from fac_jax.text import Document, document_hash
 
@@ -50,5 +50,5 @@ def interval(
     if whole is None or len(left) < groups:
         return None
     spread = math.sqrt((groups - 1) * np.var(left) * (1 - rows / of))
-    reach = float(student.ppf((1 + CONFIDENCE) / 2, groups - 1)) * spread
+    reach = float(stdtrit(groups - 1, (1 + CONFIDENCE) / 2)) * spread
     return whole - reach, whole + reach

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 
 import numpy as np
 from jaxtyping import Bool, Float
-from sklearn.metrics import average_precision_score, roc_auc_score
 
 
 @dataclass(frozen=True)
@@ -36,11 +35,15 @@ class Difference:
 
 def auprc(positive: Bool[np.ndarray, " n"], scores: Float[np.ndarray, " n"]) -> float:
     """Area under the precision-recall curve (average precision); a random scorer gets the base rate."""
+    from sklearn.metrics import average_precision_score
+
     return float(average_precision_score(positive, scores))
 
 
 def auroc(positive: Bool[np.ndarray, " n"], scores: Float[np.ndarray, " n"]) -> float:
     """Area under the ROC curve; a random scorer gets 0.5."""
+    from sklearn.metrics import roc_auc_score
+
     return float(roc_auc_score(positive, scores))
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import numpy as np
 from jaxtyping import Bool, Float, Float64
 from scipy.sparse import csc_array, csr_array
-from scipy.stats import hypergeom, norm
+from scipy.special import ndtr
 
 RARE = 10.0
 """Positives expected among a feature's active documents, below which the normal approximation is not trusted."""
@@ -28,7 +28,7 @@ def mann_whitney(peaks_nf: csr_array, positive_n: Bool[np.ndarray, " n"]) -> tup
     variance_f = pairs / 12 * (n + 1 - ties_f / (n * (n - 1)))
     with np.errstate(divide="ignore", invalid="ignore"):
         z_f = (u_f - pairs / 2 - 0.5) / np.sqrt(variance_f)
-    return u_f / pairs, np.where(variance_f > 0, norm.sf(z_f), 1.0)
+    return u_f / pairs, np.where(variance_f > 0, ndtr(-z_f), 1.0)
 
 
 def _rank_sums(peaks_nf: csc_array, positive_n: Bool[np.ndarray, " n"]) -> tuple[np.ndarray, np.ndarray]:
@@ -54,6 +54,8 @@ def _rank_sums(peaks_nf: csc_array, positive_n: Bool[np.ndarray, " n"]) -> tuple
 def active_excess(peaks_nf: csr_array, positive_n: Bool[np.ndarray, " n"]) -> Float64[np.ndarray, " f"]:
     """One-sided Fisher exact p per feature: are more positive documents active (above 0) than chance would have?"""
     active_f, active_positive_f = _active_counts(peaks_nf, positive_n)
+    from scipy.stats import hypergeom  # a second to import, and every command would pay it
+
     return hypergeom.sf(active_positive_f - 1, len(positive_n), active_f, positive_n.sum())
 
 
