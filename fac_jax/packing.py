@@ -101,22 +101,23 @@ def pack(encoded: Iterable[EncodedDocument], rows: int, row_tokens: int, first: 
     starts: a resumed pass makes the same batches. Longer documents than a row are a UserError.
     """
     held: list[EncodedDocument] = []
-    placement: list[int] = []
+    total = longest = 0
     for item in encoded:
         if len(item.ids) > row_tokens:
             raise UserError(
                 f"{item.document.source}: {len(item.ids)} tokens do not fit a row of {row_tokens}; "
                 "lower the data set's max_tokens or raise backbone.row_tokens"
             )
-        placed = _first_fit_decreasing([*held, item], rows, row_tokens)
-        if placed is None:
-            yield _batch(held, placement, rows, row_tokens, first)
-            first += len(held)
-            held, placement = [item], [0]
-        else:
-            held, placement = [*held, item], placed
+        held.append(item)
+        total, longest = total + len(item.ids), max(longest, len(item.ids))
+        if total <= rows * (row_tokens - longest):  # it is placed: where it is not, every row is filled further
+            continue
+        if _first_fit_decreasing(held, rows, row_tokens) is None:
+            yield _batch(held[:-1], rows, row_tokens, first)
+            first += len(held) - 1
+            held, total, longest = [item], len(item.ids), len(item.ids)
     if held:
-        yield _batch(held, placement, rows, row_tokens, first)
+        yield _batch(held, rows, row_tokens, first)
 
 
 def _first_fit_decreasing(items: list[EncodedDocument], rows: int, row_tokens: int) -> list[int] | None:
@@ -134,7 +135,9 @@ def _first_fit_decreasing(items: list[EncodedDocument], rows: int, row_tokens: i
     return placed
 
 
-def _batch(items: list[EncodedDocument], placement: list[int], rows: int, row_tokens: int, first: int) -> PackedBatch:
+def _batch(items: list[EncodedDocument], rows: int, row_tokens: int, first: int) -> PackedBatch:
+    placement = _first_fit_decreasing(items, rows, row_tokens)
+    assert placement is not None
     shape = (rows, row_tokens)
     tokens, segments, positions = (np.zeros(shape, np.int32) for _ in range(3))
     content, slot = np.zeros(shape, bool), np.full(shape, -1, np.int32)

@@ -12,6 +12,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from tokenizers.decoders import ByteLevel
 from transformers import PreTrainedTokenizerFast
 
+from fac_jax import packing
 from fac_jax.config import BackboneConfig, DataSet, Source
 from fac_jax.errors import UserError
 from fac_jax.packing import EncodedDocument, batches, encode, pack
@@ -87,6 +88,20 @@ def test_packing_places_every_token_once_and_resumes_exactly(lengths: list[int],
     for batch in packed:  # a pass that starts where a batch starts makes the same batches
         again = next(iter(pack(documents[batch.first :], rows, 32, batch.first)))
         assert (again.tokens == batch.tokens).all() and again.first == batch.first
+
+
+@given(st.lists(st.integers(1, 12), max_size=40), st.integers(1, 4))
+def test_a_batch_takes_documents_as_long_as_all_can_be_placed(lengths: list[int], rows: int) -> None:
+    """Most documents are taken without looking for their places, which must change nothing."""
+    documents, expected = documents_of(lengths), []
+    for item in documents:
+        if expected and packing._first_fit_decreasing([*expected[-1], item], rows, 12) is not None:
+            expected[-1].append(item)
+        else:
+            expected.append([item])
+    assert [[d.document.id for d in b.documents] for b in pack(documents, rows, 12)] == [
+        [d.document.id for d in group] for group in expected
+    ]
 
 
 def test_packing_is_dense_on_conversation_lengths() -> None:
