@@ -47,8 +47,9 @@ def coverage(view: RunView) -> Section:
     else:
         after = join(_bars(view.evaluation["rows"]), _after(view.evaluation["rows"], view.threshold))
     before = _before(view.coverage["sweep"], view.threshold)
-    checks = (_curves(view.coverage["curves"]), _checks(view.coverage["validity"]))
-    body = join(tag("p", DEFINITION), before, tag("p", LENGTH, class_="quiet small"), after, *checks)
+    body = join(tag("p", DEFINITION), before, tag("p", LENGTH, class_="quiet small"), after)
+    if "curves" in view.coverage:  # an older product has none; `fac coverage CONFIG` makes it again
+        body = join(body, _curves(view.coverage["curves"]), _checks(view.coverage["validity"]))
     return Section("coverage", short, title, body)
 
 
@@ -64,7 +65,7 @@ def _before(sweep: Sequence[Row], threshold: float) -> Html:
             f"{row['anchor_features'] - row['missing_features']:,}",
             f"{row['missing_features']:,}",
             percent(row["fac"]),
-            "–" if row["fac_low"] is None else f"{percent(row['fac_low'])} to {percent(row['fac_high'])}",
+            "–" if row.get("fac_low") is None else f"{percent(row['fac_low'])} to {percent(row['fac_high'])}",
             _matched(row["length_matched"]),
         ]
         for row in sweep
