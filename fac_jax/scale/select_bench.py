@@ -30,7 +30,8 @@ import pyarrow.parquet as pq
 
 from fac_jax.config import Config, CoverageConfig, SelectConfig
 from fac_jax.coverage.select import select
-from fac_jax.scan.parts import DOCUMENTS, DOCUMENTS_PER_GROUP, PEAKS, PEAKS_PER_GROUP, Identity
+from fac_jax.scan.parts import Identity
+from fac_jax.scan.tables import DOCUMENTS, DOCUMENTS_PER_GROUP, PEAKS, PEAKS_PER_GROUP
 
 THRESHOLD = 1.0
 TOPICS, TOPIC_FEATURES = 997, 512

@@ -23,6 +23,7 @@ from fac_jax.runs import writing_folder
 from fac_jax.scan import parts
 from fac_jax.scan.parts import Counts, Identity
 from fac_jax.scan.spans import merge_summaries
+from fac_jax.scan.tables import summary_of
 from fac_jax.scan.tally import id_numbers
 
 
@@ -69,7 +70,7 @@ def _merge_finished(out: Path, folders: Sequence[Path]) -> None:
     counts = [Counts(**{name: products[folder]["counts"][name] for name in to_plain(Counts())}) for folder in ordered]
     offsets = np.cumsum([0, *(one.documents for one in counts)]).tolist()
     summaries = (
-        parts.summary_of(pq.read_table(folder / "features.parquet"), first.top_spans) for folder in ordered
+        summary_of(pq.read_table(folder / "features.parquet"), first.top_spans) for folder in ordered
     )  # fmt: skip
     parts.write_product(
         out, identity, reduce(Counts.plus, counts), reduce(merge_summaries, summaries),

@@ -12,7 +12,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from fac_jax.scan.parts import DOCUMENTS, PEAKS, Identity
+from fac_jax.scan.parts import Identity
+from fac_jax.scan.tables import DOCUMENTS, PEAKS
 
 
 @pytest.fixture

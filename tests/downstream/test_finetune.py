@@ -17,7 +17,8 @@ from fac_jax.config import Config, FinetuneConfig
 from fac_jax.downstream import finetune as stage
 from fac_jax.downstream.finetune import finetune
 from fac_jax.errors import UserError
-from fac_jax.scan.parts import DOCUMENTS, PEAKS, Identity
+from fac_jax.scan.parts import Identity
+from fac_jax.scan.tables import DOCUMENTS, PEAKS
 
 NICE, VILE = ["good", "kind", "calm"], ["bad", "vile", "cruel"]
 PLAIN = ["the", "a", "dog", "cat", "is", "was", "very"]

@@ -17,7 +17,7 @@ from fac_jax.coverage.select import SELECTED
 from fac_jax.diversity.measure import LEXICAL, METRICS
 from fac_jax.features.explain import EXPLANATIONS
 from fac_jax.features.judge import RELEVANCE
-from fac_jax.scan.parts import DOCUMENTS, FEATURES
+from fac_jax.scan.tables import DOCUMENTS, FEATURES
 from fac_jax.synthesis.synthesize import CANDIDATES, SAMPLES
 
 THEMES = [

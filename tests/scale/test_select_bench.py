@@ -11,7 +11,7 @@ import pytest
 
 from fac_jax.config import SelectConfig
 from fac_jax.scale import select_bench, select_table
-from fac_jax.scan.parts import DOCUMENTS, PEAKS
+from fac_jax.scan.tables import DOCUMENTS, PEAKS
 
 COUNT, FEATURES = 300, 2_000
 
