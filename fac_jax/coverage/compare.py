@@ -20,7 +20,7 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from fac_jax.coverage.fac import expected_covered
+from fac_jax.coverage.fac import curve_sizes, expected_covered
 from fac_jax.errors import UserError
 from fac_jax.features.judge import relevant_features
 from fac_jax.runs import write_text, writing
@@ -57,14 +57,13 @@ def compare(
     asked_f = np.ones(a.identity.features, bool) if relevance is None else relevant_features(relevance, a)
     asked = np.flatnonzero(asked_f)
     max_a, max_b = (scan.features("max")["max"].to_numpy()[asked] for scan in (a, b))
-    covers_a, covers_b = max_a > threshold, max_b > threshold
     side = _sides(max_a, max_b, threshold)
     counts_a, counts_b = (documents_above(scan, threshold) for scan in (a, b))
     figures = {
         "features": len(asked), "relevance": None if relevance is None else str(relevance),
         "sae": a.identity.sae, "acts": a.identity.acts,
         **_counts(max_a, max_b, threshold),
-        "a": _set(a, counts_a[0][asked], covers_a), "b": _set(b, counts_b[0][asked], covers_b),
+        "a": _set(a, counts_a[0][asked], max_a > threshold), "b": _set(b, counts_b[0][asked], max_b > threshold),
         "same_documents": _same_documents(a, b, counts_a[0][asked], counts_b[0][asked]),
         "sweep": [_counts(max_a, max_b, level) for level in sorted({0.0, threshold, *EDGES.tolist()})],
         "curves": [_curve(scan, counts[0][asked]) for scan, counts in ((a, counts_a), (b, counts_b))],
@@ -167,7 +166,7 @@ def _passage(spans: list[dict[str, Any]], unsafe: bool) -> Text:
 def _set(scan: Scan, documents_f: Int[np.ndarray, " f"], covers_f: Bool[np.ndarray, " f"]) -> dict[str, Any]:
     """Size and reach of one side; documents_for_half: in expectation, so many of its own cover half of what it does."""
     total, covered = scan.counts["documents"], int(covers_f.sum())
-    sizes = np.unique(np.geomspace(1, max(total, 1), 200).round().astype(np.int64))
+    sizes = curve_sizes(total, 200)
     enough = expected_covered(documents_f, total, sizes) >= covered / 2 if covered else np.zeros(len(sizes), bool)
     return {
         "name": scan.identity.name, "documents": total, "content_tokens": scan.counts["content_tokens"],
@@ -178,7 +177,7 @@ def _set(scan: Scan, documents_f: Int[np.ndarray, " f"], covers_f: Bool[np.ndarr
 def _curve(scan: Scan, documents_f: Int[np.ndarray, " f"]) -> dict[str, Any]:
     """Features that so many of a set's documents cover, in expectation, and the content tokens that these have."""
     total = scan.counts["documents"]
-    sizes = np.unique(np.geomspace(1, max(total, 1), CURVE_POINTS).round().astype(np.int64))
+    sizes = curve_sizes(total, CURVE_POINTS)
     tokens = sizes * (scan.counts["content_tokens"] / max(total, 1))
     covered = expected_covered(documents_f, total, sizes)
     return {"documents": sizes.tolist(), "content_tokens": tokens.tolist(), "covered": covered.tolist()}

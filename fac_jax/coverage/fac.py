@@ -12,7 +12,7 @@ Nothing here reads or writes a file, or runs a model: coverage at another thresh
 from __future__ import annotations
 
 import numpy as np
-from jaxtyping import Bool, Float64, Int
+from jaxtyping import Bool, Float64, Int, Int64
 from scipy.sparse import csr_array
 from scipy.special import gammaln
 
@@ -113,6 +113,11 @@ def expected_covered(
     log_missed = gammaln(left + 1) - gammaln(left - drawn + 1) + gammaln(total - drawn + 1) - gammaln(total + 1)
     missed = np.where(size > left, 0.0, np.exp(log_missed))
     return ((1 - missed) * times[:, None]).sum(axis=0)
+
+
+def curve_sizes(total: int, points: int) -> Int64[np.ndarray, " m"]:
+    """Numbers of documents from 1 to `total`, at most `points`, evenly spaced on a logarithmic axis."""
+    return np.unique(np.geomspace(1, max(total, 1), points).round().astype(np.int64))
 
 
 def bootstrap_fac(

@@ -101,7 +101,7 @@ def curve(scan: Scan, could_f: Bool[np.ndarray, " f"], threshold: float) -> dict
     total = scan.peaks_nf.shape[0]
     if not could_f.any() or not total:
         return {"documents": [], "fac": []}
-    sizes = np.unique(np.geomspace(1, total, CURVE_POINTS).round().astype(np.int64))
+    sizes = arithmetic.curve_sizes(total, CURVE_POINTS)
     documents_f = arithmetic.active_documents(scan.peaks_nf, threshold)
     covered = arithmetic.expected_covered(documents_f[could_f], total, sizes)
     return {"documents": sizes.tolist(), "fac": (covered / np.count_nonzero(could_f)).tolist()}

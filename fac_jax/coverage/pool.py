@@ -19,7 +19,7 @@ from scipy.sparse import csr_array
 
 from fac_jax.errors import UserError
 from fac_jax.plain import digest
-from fac_jax.scan.parts import Identity, read_identity
+from fac_jax.scan.product import load_scan
 
 
 @dataclass(frozen=True)
@@ -34,14 +34,6 @@ class Pool:
     """Document ids, as text."""
     tokens_n: Int64[np.ndarray, " n"]
     """Content tokens."""
-
-
-def scan_identity(folder: Path) -> Identity:
-    """What a finished scan was made with. Raises UserError when there is none."""
-    identity = read_identity(folder) if (folder / "scan.json").exists() else None
-    if identity is None:
-        raise UserError(f"{folder} holds no finished scan (no scan.json): run `fac scan CONFIG --data {folder.name}`")
-    return identity
 
 
 def read_pool(folder: Path, wanted_f: Bool[np.ndarray, " f"], threshold: float) -> Pool:
@@ -77,7 +69,7 @@ def read_pool(folder: Path, wanted_f: Bool[np.ndarray, " f"], threshold: float) 
 
 def _check_kept(folder: Path, wanted_f: Bool[np.ndarray, " f"]) -> None:
     """Raise UserError when the scan did not keep, document by document, the peaks of all that is wanted."""
-    kept = scan_identity(folder).peaks
+    kept = load_scan(folder).identity.peaks
     if kept == "none":
         raise UserError(
             f"the scan in {folder} kept no single documents, and documents are picked by their peaks: run `fac scan "

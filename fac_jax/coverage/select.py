@@ -23,10 +23,11 @@ from jaxtyping import Bool, Int
 from fac_jax.config import Config, SelectConfig
 from fac_jax.coverage import choose
 from fac_jax.coverage.choose import Budget, Pick
-from fac_jax.coverage.pool import Pool, read_documents_at, read_pool, scan_identity
+from fac_jax.coverage.pool import Pool, read_documents_at, read_pool
 from fac_jax.errors import UserError
 from fac_jax.features.judge import relevant_mask
 from fac_jax.runs import write_text, writing
+from fac_jax.scan.product import load_scan
 
 SELECTED = pa.schema(
     {
@@ -92,7 +93,7 @@ def pick(pool: Pool, target_f: Bool[np.ndarray, " f"], config: SelectConfig, see
 
 def target_features(config: Config, folder: Path, inputs: Mapping[str, Path]) -> Bool[np.ndarray, " f"]:
     """Features that are sought, as a mask. Raises UserError when they are those of another SAE than the scan's."""
-    identity = scan_identity(folder)
+    identity = load_scan(folder).identity
     if config.select.target == "all":
         return np.ones(identity.features, bool)
     if config.select.target == "relevant":
