@@ -11,17 +11,18 @@ import json
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import reduce
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow.parquet as pq
 
 from fac_jax.errors import UserError
 from fac_jax.plain import to_plain
 from fac_jax.runs import writing_folder
 from fac_jax.scan import parts
-from fac_jax.scan.parts import Counts, Identity
+from fac_jax.scan.parts import Counts
+from fac_jax.scan.product import Scan, load_scan
 from fac_jax.scan.spans import merge_summaries
 from fac_jax.scan.tables import summary_of
 from fac_jax.scan.tally import id_numbers
@@ -51,47 +52,39 @@ def merge_scans(into: Path, folders: Sequence[Path]) -> dict[str, Any]:
 
 
 def _merge_finished(out: Path, folders: Sequence[Path]) -> None:
-    products = {folder: json.loads((folder / "scan.json").read_text(encoding="utf-8")) for folder in folders}
-    identities = {folder: parts.read_identity(folder) for folder in folders}
-    ordered = sorted(folders, key=lambda folder: _data(identities[folder]))
-    found = [identity for folder in ordered if (identity := identities[folder]) is not None]
-    for folder, identity in zip(ordered, found, strict=True):
+    scans = sorted(map(load_scan, folders), key=lambda scan: scan.identity.data)
+    found = [scan.identity for scan in scans]
+    for scan, identity in zip(scans, found, strict=True):
         ours, its = (to_plain(replace(one, name="", data="")) for one in (found[0], identity))
         if different := {name: its[name] for name in its if its[name] != ours[name]}:
             was = {name: ours[name] for name in different}
-            raise UserError(f"{folder} was scanned with {different}, {ordered[0]} with {was}: scan one of them again")
-    for left, right in zip(found, found[1:], strict=False):
+            raise UserError(
+                f"{scan.folder} was scanned with {different}, {scans[0].folder} with {was}: scan one of them again"
+            )
+    for left, right in pairwise(found):
         if left.data == right.data:
             raise UserError(f"data set {left.name!r} is named twice: its documents would count twice")
     first = found[0]
     if first.peaks != "none":
-        _check_disjoint(ordered)
+        _check_disjoint(scans)
     identity = replace(first, name="+".join(one.name for one in found), data="+".join(one.data for one in found))
-    counts = [Counts(**{name: products[folder]["counts"][name] for name in to_plain(Counts())}) for folder in ordered]
+    counts = [Counts(**{name: scan.counts[name] for name in to_plain(Counts())}) for scan in scans]
     offsets = np.cumsum([0, *(one.documents for one in counts)]).tolist()
-    summaries = (
-        summary_of(pq.read_table(folder / "features.parquet"), first.top_spans) for folder in ordered
-    )  # fmt: skip
+    summaries = (summary_of(scan.features(), first.top_spans) for scan in scans)
     parts.write_product(
         out, identity, reduce(Counts.plus, counts), reduce(merge_summaries, summaries),
-        list(zip(offsets, ordered, strict=False)), [row for folder in ordered for row in products[folder]["skipped"]],
+        [(by, scan.folder) for by, scan in zip(offsets, scans, strict=False)],
+        [row for scan in scans for row in scan.skipped()],
     )  # fmt: skip
 
 
-def _data(identity: Identity | None) -> str:
-    assert identity is not None
-    return identity.data
-
-
-def _check_disjoint(folders: Sequence[Path]) -> None:
+def _check_disjoint(scans: Sequence[Scan]) -> None:
     """Raise UserError when documents are in two scans: their features would be counted twice."""
-    numbers: list[np.ndarray] = []
-    for folder in folders:
-        ids = pq.read_table(folder / "documents.parquet", columns=["id"])["id"].to_pylist()
-        numbers.append(np.unique(id_numbers(ids)))
+    numbers = [np.unique(id_numbers(scan.documents("id")["id"].to_pylist())) for scan in scans]
     every = np.concatenate(numbers)
+    folders = [str(scan.folder) for scan in scans]
     if twice := len(every) - len(np.unique(every)):
         raise UserError(
-            f"{twice:,} documents are in more than one of {', '.join(map(str, folders))}, and would count twice: list "
+            f"{twice:,} documents are in more than one of {', '.join(folders)}, and would count twice: list "
             "the sources in one data set and scan that, where each content counts once"
         )

@@ -80,6 +80,11 @@ class Scan:
         """`features.parquet`, or some of its columns."""
         return pq.read_table(self.folder / "features.parquet", columns=list(columns) or None)
 
+    def skipped(self) -> list[str]:
+        """Malformed rows that were left out, each with its place."""
+        skipped: list[str] = json.loads((self.folder / "scan.json").read_text(encoding="utf-8"))["skipped"]
+        return skipped
+
     def _read(self, name: str, columns: list[str] | None) -> pa.Table:
         if self.identity.peaks == "none":
             raise UserError(
