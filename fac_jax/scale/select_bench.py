@@ -121,7 +121,8 @@ def write_scan(folder: Path, documents: int, features: int) -> tuple[int, int]:
     pq.write_table(pa.table({"feature": missing}), folder / "coverage/missing.parquet")
     (folder / "coverage/coverage.json").write_text(json.dumps({"sae": "made-up"}))
     identity = Identity("anchor", "made-up", "made-up", 16, "made-up", features, 20, "topk", 10, 32, "all")
-    (folder / "scan/scan.json").write_text(json.dumps({"identity": dataclasses.asdict(identity)}))
+    product = {"identity": dataclasses.asdict(identity), "counts": {"documents": documents, "peaks": peaks}}
+    (folder / "scan/scan.json").write_text(json.dumps(product))
     return peaks, above
 
 
