@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerFast
 from fac_jax import packing
 from fac_jax.config import BackboneConfig, DataSet, Source
 from fac_jax.errors import UserError
-from fac_jax.packing import EncodedDocument, batches, encode, pack
+from fac_jax.packing import EncodedDocument, batches, encode, encode_all, pack
 from fac_jax.text import Document, Turn, make_document
 
 TEMPLATE = (
@@ -58,6 +58,46 @@ def test_truncation_keeps_the_first_tokens(tokenizer: PreTrainedTokenizerFast) -
     document = make_document([Turn("user", "abcdefgh" * 20)], None, "t")
     whole, cut = encode(document, tokenizer, 1000), encode(document, tokenizer, 60)
     assert len(cut.ids) == 60 and (cut.ids == whole.ids[:60]).all() and (cut.content == whole.content[:60]).all()
+
+
+@given(
+    turns=st.lists(
+        st.lists(st.tuples(st.sampled_from(["user", "assistant"]), st.text("ab é<|im_end>", max_size=12)), min_size=1),
+        max_size=5,
+    ),
+    most=st.integers(1, 80),
+)
+def test_many_documents_are_masked_as_token_by_token(
+    tokenizer: PreTrainedTokenizerFast, turns: list[list[tuple[str, str]]], most: int
+) -> None:
+    """Whatever is tokenized together; a token is the user's own when all of it lies inside one of their turns."""
+    together = packing.TOGETHER
+    documents = [make_document([Turn(role, said) for role, said in one], None, "t") for one in turns]
+    packing.TOGETHER = 2
+    try:
+        found = list(encode_all(documents, tokenizer, most))
+    finally:
+        packing.TOGETHER = together
+    assert [one.document for one in found] == documents
+    special = set(tokenizer.all_special_ids)
+    for document, one in zip(documents, found, strict=True):
+        messages = [{"role": turn.role, "content": turn.content} for turn in document.turns]
+        text = str(tokenizer.apply_chat_template(messages, tokenize=False))
+        whole = tokenizer(text, return_offsets_mapping=True, add_special_tokens=False)
+        assert one.ids.tolist() == whole["input_ids"][:most]
+        own, at = [], 0
+        for turn in document.turns:  # their words stand in this order, and the template holds none of these letters
+            at = text.index(f"<|im_start|>{turn.role}\n{turn.content}<|im_end|>", at) + len(
+                f"<|im_start|>{turn.role}\n"
+            )
+            if turn.role == "user":
+                own.append((at, at + len(turn.content)))
+            at += len(turn.content)
+        mask = [
+            any(start <= a < b <= stop for start, stop in own) and token not in special
+            for token, (a, b) in zip(whole["input_ids"], whole["offset_mapping"], strict=True)
+        ]
+        assert one.content.tolist() == mask[:most]
 
 
 def documents_of(lengths: list[int]) -> list[EncodedDocument]:

@@ -43,7 +43,7 @@ from fac_jax.config import Config
 from fac_jax.distributed import Process, wait_for_all
 from fac_jax.errors import UserError
 from fac_jax.mesh import own_mesh
-from fac_jax.packing import PackedBatch, encode, pack
+from fac_jax.packing import PackedBatch, encode_all, pack
 from fac_jax.plain import digest
 from fac_jax.progress import Bar, progress
 from fac_jax.runs import write_text
@@ -182,7 +182,7 @@ def _batches(
     """Packed batches of this writer's documents; `first` counts its own documents only."""
     dataset = config.dataset(config.harvest.data)
     own = islice(read_documents(dataset, config.harvest.data, skipped), index, None, writers)
-    encoded = (encode(document, loaded.tokenizer, dataset.max_tokens) for document in islice(own, first, None))
+    encoded = encode_all(islice(own, first, None), loaded.tokenizer, dataset.max_tokens)
     return pack(encoded, config.backbone.rows_per_batch, config.backbone.row_tokens, first)
 
 

@@ -43,7 +43,7 @@ from fac_jax.config import Config
 from fac_jax.distributed import beat, from_first, is_first, wait_for_all
 from fac_jax.errors import UserError
 from fac_jax.mesh import own_mesh, starting
-from fac_jax.packing import PackedBatch, encode, pack
+from fac_jax.packing import PackedBatch, encode_all, pack
 from fac_jax.plain import from_plain, to_plain
 from fac_jax.runs import write_text
 from fac_jax.text import Document, read_documents
@@ -242,7 +242,7 @@ class LiveRows:
 
     def _pack(self, documents: Iterable[Document], rows: int, first: int = 0) -> Iterator[PackedBatch]:
         dataset, tokenizer = self._config.dataset(self._config.harvest.data), self.loaded.tokenizer
-        encoded = (encode(document, tokenizer, dataset.max_tokens) for document in documents)
+        encoded = encode_all(documents, tokenizer, dataset.max_tokens)
         for batch in pack(encoded, rows, self._config.backbone.row_tokens, first):
             if self._closed:
                 raise Closed

@@ -18,12 +18,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from jaxtyping import Bool, Float32, Int, Int32, Int64
+from jaxtyping import Bool, Float32, Int32, Int64
 from transformers import PreTrainedTokenizerFast
 
 from fac_jax.config import ExplainConfig
 from fac_jax.scan.product import Scan
-from fac_jax.scan.spans import decode, span_text
+from fac_jax.scan.spans import bounds_around, decode, span_text, turns
 from fac_jax.text import document_hash
 
 PAPER_TOKENS = 10
@@ -67,13 +67,9 @@ class Passages:
         return np.arange(self.heldout_f[feature], self.first_f[feature + 1])
 
     def bounds(self, document_m: np.ndarray, position_m: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """[start, stop) in `token_t` of the spans around some positions: `scan.spans.span_bounds` of many at once."""
-        room, at = self.scan.identity.span_tokens, self.start_n[document_m] + position_m
-        first, last = self.turn_start_t[at], self.turn_stop_t[at]
-        after = np.minimum(room // 4, last - at - 1)
-        before = np.minimum(room - 1 - after, at - first)
-        after = np.minimum(room - 1 - before, last - at - 1)
-        return at - before, at + 1 + after
+        """[start, stop) in `token_t` of the spans around some positions."""
+        at = self.start_n[document_m] + position_m
+        return bounds_around(at, self.turn_start_t[at], self.turn_stop_t[at], self.scan.identity.span_tokens)
 
 
 def explaining_half(scan: Scan) -> Bool[np.ndarray, " n"]:
@@ -87,7 +83,7 @@ def read_passages(scan: Scan) -> Passages:
     lists = table["token_ids"].combine_chunks()
     content_t = table["content"].combine_chunks().flatten().to_numpy(zero_copy_only=False)
     start_n = np.concatenate([[0], np.cumsum(lists.value_lengths().to_numpy())]).astype(np.int64)
-    turn_start_t, turn_stop_t = _turns(content_t, start_n)
+    turn_start_t, turn_stop_t = turns(content_t, start_n)
     features, feature_p, explaining_n = scan.identity.features, scan.peaks_nf.indices, explaining_half(scan)
     document_p = np.repeat(np.arange(len(scan.ids_n)), np.diff(scan.peaks_nf.indptr))
     by_id = np.argsort(np.argsort(scan.ids_n))
@@ -175,14 +171,3 @@ def _cut(passages: Passages, place: int, settings: ExplainConfig, tokenizer: Pre
         "before": decode(ids[first:position], tokenizer), "token": decode(ids[position : position + 1], tokenizer),
         "after": "",
     }  # fmt: skip
-
-
-def _turns(content_t: Bool[np.ndarray, " t"], start_n: Int[np.ndarray, " n+1"]) -> tuple[np.ndarray, np.ndarray]:
-    """[start, stop) of the run of content tokens, inside one document, that each content token belongs to."""
-    index = np.arange(len(content_t))
-    begins = np.append(True, ~content_t[:-1])[: len(index)]  # the token before is no content
-    begins[start_n[:-1][np.diff(start_n) > 0]] = True
-    ends = np.append(begins[1:] | ~content_t[1:], True)[: len(index)]
-    start_t = np.maximum.accumulate(np.where(begins, index, 0))
-    stop_t = np.minimum.accumulate(np.where(ends, index + 1, len(index))[::-1])[::-1]
-    return start_t.astype(np.int64), stop_t.astype(np.int64)

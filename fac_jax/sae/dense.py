@@ -24,20 +24,22 @@ from jaxtyping import Array, Bool, Float
 from fac_jax.sae.select import HIGHEST
 from fac_jax.sae.sparse import Decoded, Selected, Weights, over_chunks, split_rows
 
-DENSE_SHARE = {"cpu": 0.025, "tpu": 0.0004}
+DENSE_SHARE = {"cpu": 0.025, "gpu": 0.003, "tpu": 0.0004}
 """Share of a shard's features from which on dense is faster. CPU: measured on 2 cores with avx512_bf16 (2026-11-24),
 where whole steps cost the same at 2.4% (d 576, 4,096 features, batch 2,048), 3.1% (768, 16,384, 1,024) and beyond 1.6%
-(2,048, 32,768, 512). Elsewhere .002 by arithmetic: the sparse form moves 16 K d bytes a row (two gathers, and a scatter
-that reads and writes), the dense one computes 8 F d operations more, so they cost the same at K / F = bytes per second
-/ (2 operations per second): .0017 on an H100. TPU: predicted from the programs that its compiler makes for a v5e, where
-the sparse form's reductions cost more than its bytes: .46 us a row and feature, against .18 ns times F a row."""
+(2,048, 32,768, 512). GPU: measured on an H200 (2026-11-26) in steps of 4,096 rows: d 2,048, 65,536 features, 7.2 ms
+sparse at K 32 and 12.6 at 128, where dense takes 15.5, so the same at .27%; d 4,096, 16,384 features, 6.2 and 8.1 at K
+32, so .3%. (By arithmetic K / F = bytes per second / (2 operations per second), the sparse form moving 16 K d bytes a
+row and the dense one computing 8 F d operations: .0024.) TPU: predicted from the programs that its compiler makes for
+a v5e, where the sparse form's reductions cost more than its bytes: .46 us a row and feature, against .18 ns times F a
+row."""
 DENSE_ELEMENTS = 2**29
 """Of [rows, features] at a time: 2 GiB in float32."""
 
 
 def dense_share(platform: str) -> float:
     """Share of the features from which on decoding through all of them is faster, on devices of this platform."""
-    return DENSE_SHARE.get(platform, 0.002)
+    return DENSE_SHARE[platform]
 
 
 def dense_pays(k: int, features: int, platform: str) -> bool:

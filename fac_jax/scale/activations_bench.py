@@ -10,7 +10,8 @@ beside raw arrays and the published code's files of 256 sequences. Raw arrays sh
 checksum: they are how fast the machine is, not alternatives.
 
 Contenders run in processes of their own and in rounds (contest.py). Writes a table (activations_table.py), and JSON to
-`--out`; the files in between are removed. Everything runs on the CPU.
+`--out`; the files in between are removed. Memory is the process's, or with `--device gpu` what the harvest took of
+the GPU's.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from typing import Any, Literal
 from fac_jax.config import Config, load_config
 from fac_jax.errors import UserError
 from fac_jax.plain import suggest
-from fac_jax.scale.contest import Result, circumstances, run_json
+from fac_jax.scale.contest import Device, Result, circumstances, run_json
 
 PEERS = ("official", "hf_padded", "hf_sorted", "hf_sorted_cut")
 UNWRITTEN = ", nothing written"
@@ -46,6 +47,8 @@ class ActivationsBench:
 
     parts: tuple[Literal["harvest", "store"], ...] = ("harvest", "store")
     """Which parts to measure."""
+    device: Device = "cpu"
+    """Where to harvest."""
     config: str = "configs/quickstart.yaml"
     """Run file whose backbone, layer and harvest.data are harvested."""
     documents: int = 64
@@ -139,14 +142,13 @@ def prepare(config: Config, count: int, folder: Path) -> dict[str, Any]:
     """Write the documents, their token ids and the model as a Hugging Face folder; returns what contenders are told."""
     from fac_jax.backbone.export import export_hf  # these load jax
     from fac_jax.backbone.weights import load_tokenizer
-    from fac_jax.mesh import matmul_dtype
-    from fac_jax.packing import encode
+    from fac_jax.packing import encode_all
     from fac_jax.text import read_documents
 
     data, source = config.dataset(config.harvest.data), config.backbone.model
     documents = list(islice(read_documents(data, config.harvest.data), count))
     tokenizer = load_tokenizer(source)
-    encoded = [encode(document, tokenizer, data.max_tokens) for document in documents]
+    encoded = list(encode_all(documents, tokenizer, data.max_tokens))
     ids = {"ids": [one.ids.tolist() for one in encoded], "content": [one.content.tolist() for one in encoded]}
     (folder / "ids.json").write_text(json.dumps(ids), encoding="utf-8")
     for name, chosen in (("documents", documents), ("warm_up", documents[:WARM_UP_DOCUMENTS])):
@@ -163,13 +165,15 @@ def prepare(config: Config, count: int, folder: Path) -> dict[str, Any]:
         "count": len(documents),
         "tokens": sum(len(one.ids) for one in encoded),
         "rows": sum(int(one.content.sum()) for one in encoded),
-        "dtypes": list(dict.fromkeys(("float32", matmul_dtype("cpu")))),
     }
 
 
 def harvest_cases(bench: ActivationsBench, asked: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
     """What each contender is asked, ours first."""
-    for dtype in bench.dtypes or asked["dtypes"]:
+    from fac_jax.mesh import matmul_dtype  # it loads jax
+
+    asked = {**asked, "device": bench.device}
+    for dtype in bench.dtypes or dict.fromkeys(("float32", matmul_dtype(bench.device))):
         for geometry in bench.geometries:
             ours = {**asked, "part": "harvest", "program": "harvest_contender", "dtype": dtype, "geometry": geometry}
             yield {**ours, "name": f"fac_jax {geometry}", "writes": True}
@@ -273,7 +277,7 @@ def _ask(bench: ActivationsBench, case: dict[str, Any]) -> dict[str, Any]:
         program = [bench.peers_python, str(Path(__file__).with_name("torch_activations.py"))]
     else:
         program = [sys.executable, "-m", f"fac_jax.scale.{case['program']}"]
-    return run_json([*program, json.dumps(case)], bench.timeout_s)
+    return run_json([*program, json.dumps(case)], bench.timeout_s, bench.device)
 
 
 @contextmanager

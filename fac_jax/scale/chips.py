@@ -64,6 +64,7 @@ _CUBES = (
     *("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8", "8x8x8", "8x8x16", "8x16x16"),
     *("16x16x16", "16x16x24"),
 )
+_HOSTS = ("1", "2", "4", "8", "16", "32", "64", "128", "256", "512")
 
 CHIPS = {
     chip.name: chip
@@ -96,10 +97,15 @@ CHIPS = {
         ),
         Chip(
             "h100", "gpu", 989e12, 14.8, 67e12, None, 79.0, 3350e9,
-            link_bandwidth=450e9, torus_axes=0, wraps_from=1, chips_per_host=8, network_bandwidth=50e9,
-            shapes=("1", "2", "4", "8", "16", "32", "64", "128", "256", "512"),
+            link_bandwidth=450e9, torus_axes=0, wraps_from=1, chips_per_host=8, network_bandwidth=50e9, shapes=_HOSTS,
             source="https://www.nvidia.com/en-us/data-center/h100: SXM, 989 TFLOP/s dense bfloat16, 67 float32, 80 GB "
             "(79 GiB usable), 3,350 GB/s, NVLink 900 GB/s both ways, 400 Gbit/s InfiniBand a GPU",
+        ),
+        Chip(
+            "h200", "gpu", 989e12, 14.8, 67e12, None, 139.0, 4800e9,
+            link_bandwidth=450e9, torus_axes=0, wraps_from=1, chips_per_host=8, network_bandwidth=50e9, shapes=_HOSTS,
+            source="https://www.nvidia.com/en-us/data-center/h200: SXM, 989 TFLOP/s dense bfloat16, 67 float32, 141 GB "
+            "(139 GiB usable), 4,800 GB/s, NVLink 900 GB/s both ways, 400 Gbit/s InfiniBand a GPU",
         ),
     )
 }  # fmt: skip

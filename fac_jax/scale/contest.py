@@ -16,10 +16,11 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from rich.console import Console
 
+from fac_jax.errors import UserError
 from fac_jax.plain import to_plain
 from fac_jax.runs import versions
 
@@ -27,6 +28,8 @@ ALLOCATOR = ("MALLOC_", "GLIBC_TUNABLES")
 """Beginnings of the variables that tune glibc's allocator: as launch/allocator.sh sets them, for every contender."""
 
 
+Device = Literal["cpu", "gpu"]
+"""Where contenders compute: one NVIDIA GPU, or the processor."""
 IDLE_LOAD = 0.5
 """Load average (running programs, over a minute) up to which a machine counts as idle."""
 
@@ -68,9 +71,9 @@ class Result:
             self.active = found.get("active", 0)
 
 
-def run_json(command: Sequence[str], timeout_s: float) -> dict[str, Any]:
+def run_json(command: Sequence[str], timeout_s: float, device: Device = "cpu") -> dict[str, Any]:
     """The JSON object on the last line that a program prints; {"absent": reason} when it does not come."""
-    environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
+    environment = {**os.environ, "JAX_PLATFORMS": "cuda" if device == "gpu" else "cpu"}
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=timeout_s, check=False, env=environment)
     except subprocess.TimeoutExpired:
@@ -84,12 +87,16 @@ def run_json(command: Sequence[str], timeout_s: float) -> dict[str, Any]:
 
 
 def circumstances(what: str, settings: Any) -> dict[str, Any]:
-    """The head of a report on `fac bench WHAT`, before it begins: command, date, machine, load, versions, settings."""
+    """The head of a report on `fac bench WHAT`, before it begins: command, date, machine, load, versions, settings.
+
+    Raises UserError where a GPU is asked for and there is none.
+    """
     return {
         "command": f"fac bench {what} " + " ".join(sys.argv[3:]),
         "date": time.strftime("%Y-%m-%d"),
         "cpu": cpu_name(),
         "cores": os.cpu_count(),
+        "gpu": gpu_name() if settings.device == "gpu" else None,
         "load": os.getloadavg()[0],
         "versions": versions(),
         "allocator": {name: value for name, value in sorted(os.environ.items()) if name.startswith(ALLOCATOR)},
@@ -106,10 +113,27 @@ def cpu_name() -> str:
     return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
+def gpu_name() -> str:
+    """The first GPU as its driver names it; this process leaves it alone. Raises UserError where there is none."""
+    try:
+        said = subprocess.run(
+            ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"], capture_output=True, text=True, check=True
+        ).stdout
+        return said.strip().splitlines()[0]
+    except (OSError, subprocess.CalledProcessError, IndexError) as error:
+        raise UserError(
+            f"no NVIDIA GPU is here (nvidia-smi: {error}): leave --device out to measure the CPU"
+        ) from error
+
+
 def print_circumstances(report: Mapping[str, Any]) -> Console:
     """The head of a report, for people; returns the console that the rest goes to."""
     console = Console(width=None if sys.stdout.isatty() else 120, highlight=False)
-    console.print(f"{report['command']}  ({report['date']}, {report['cores']} cores of {report['cpu']})")
+    where = f"{report['cores']} cores of {report['cpu']}"
+    if report["gpu"]:
+        console.print(f"{report['command']}  ({report['date']}, {report['gpu']}, {where})")
+        return console
+    console.print(f"{report['command']}  ({report['date']}, {where})")
     tuned = ", ".join(f"{name}={value}" for name, value in report["allocator"].items())
     console.print(f"allocator: {tuned or 'glibc as it comes (launch/allocator.sh tunes it)'}")
     if report["load"] > IDLE_LOAD:

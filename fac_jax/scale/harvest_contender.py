@@ -11,7 +11,6 @@ weights are loaded and the program is compiled: documents read, tokenized and pa
 from __future__ import annotations
 
 import json
-import resource
 import sys
 import time
 from collections.abc import Mapping
@@ -32,6 +31,7 @@ from fac_jax.config import BackboneConfig, Config, DataSet, HarvestConfig, Sourc
 from fac_jax.mesh import own_mesh
 from fac_jax.packing import batches
 from fac_jax.runs import versions
+from fac_jax.scale.sae_contender import peak_bytes
 
 DATA = "documents"
 
@@ -51,7 +51,7 @@ def main() -> None:
     found |= {"count": counts["real_tokens"], "rows": counts["content_tokens"]}
     if asked.get("parts") and asked["writes"]:
         found["parts"] = parts(config, loaded, manifest, folder / "parts")
-    found["peak_bytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    found["peak_bytes"] = peak_bytes()
     print(json.dumps({**found, "version": f"jax {versions()['jax']}"}))
 
 

@@ -1,6 +1,9 @@
 """How fast a library multiplies [rows, inner] by [inner, columns] here, bfloat16 to float32 or float32 throughout.
 
-Run by path, with the Python that has the library: python matmul_rate.py '["torch", "bfloat16", 1024, 768, 16384]'.
+Run by path, with the Python that has the library:
+
+    python matmul_rate.py '["torch", "cpu", "bfloat16", 1024, 768, 16384]'
+
 The last line it prints is JSON: operations a second of the fastest of a few tries. Imports nothing of fac_jax.
 """
 
@@ -13,9 +16,11 @@ from collections.abc import Callable
 from typing import Any
 
 TRIES = 6
+REPEATS = {"cpu": 1, "gpu": 20}
+"""Matmuls of one try: started one after the other, so that a GPU never waits for the host."""
 
 
-def jax_matmul(dtype: str, rows: int, inner: int, columns: int) -> Callable[[], Any]:
+def jax_matmul(dtype: str, rows: int, inner: int, columns: int, repeats: int) -> Callable[[], Any]:
     """XLA's."""
     import jax
     import jax.numpy as jnp
@@ -24,22 +29,34 @@ def jax_matmul(dtype: str, rows: int, inner: int, columns: int) -> Callable[[], 
     multiply = jax.jit(
         lambda x, w: jnp.einsum("bd,fd->bf", x, w, precision="highest", preferred_element_type=jnp.float32)
     )
-    return lambda: multiply(x, w).block_until_ready()
+    return lambda: jax.block_until_ready([multiply(x, w) for _ in range(repeats)][-1])
 
 
-def torch_matmul(dtype: str, rows: int, inner: int, columns: int) -> Callable[[], Any]:
-    """torch's (oneDNN or MKL)."""
+def torch_matmul(dtype: str, rows: int, inner: int, columns: int, repeats: int) -> Callable[[], Any]:
+    """torch's (oneDNN, MKL or cuBLAS)."""
     import torch
 
     x, w = (torch.randn(n, inner).to(getattr(torch, dtype)) for n in (rows, columns))
-    return lambda: x @ w.T
+
+    def multiply() -> None:
+        for _ in range(repeats):
+            x @ w.T
+        if x.is_cuda:
+            torch.cuda.synchronize()
+
+    return multiply
 
 
 def main() -> None:
     """Measure what the argument names."""
-    library, dtype, *sizes = json.loads(sys.argv[1])
+    library, device, dtype, *sizes = json.loads(sys.argv[1])
     try:
-        multiply = {"jax": jax_matmul, "torch": torch_matmul}[library](dtype, *sizes)
+        if library == "torch" and device == "gpu":
+            import torch
+
+            torch.set_default_device("cuda")
+        matmul: Callable[..., Callable[[], Any]] = {"jax": jax_matmul, "torch": torch_matmul}[library]
+        multiply = matmul(dtype, *sizes, REPEATS[device])
     except ImportError as error:
         print(json.dumps({"absent": f"{library} is not installed ({error})"}))
         return
@@ -49,7 +66,8 @@ def main() -> None:
         multiply()
         seconds.append(time.perf_counter() - started)
     rows, inner, columns = sizes
-    print(json.dumps({"flops_per_second": 2 * rows * inner * columns / min(seconds)}))
+    flops = 2 * rows * inner * columns * REPEATS[device]
+    print(json.dumps({"flops_per_second": flops / min(seconds)}))
 
 
 if __name__ == "__main__":

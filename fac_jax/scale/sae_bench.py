@@ -6,7 +6,7 @@ makes one).
 
 The floor is the encoder's matmul, 2 x batch x d_model x features operations, at the highest rate that any library
 reached here for such a matmul in the same run: every exact Top-K step must do it. Writes a table, and JSON to `--out`.
-Everything runs on the CPU.
+Memory is the process's, or with `--device gpu` what it took of the GPU's.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from rich.table import Table
 
 from fac_jax.errors import UserError
 from fac_jax.plain import suggest, to_plain
-from fac_jax.scale.contest import Result, circumstances, print_circumstances, run_json
+from fac_jax.scale.contest import Device, Result, circumstances, print_circumstances, run_json
 
 OURS = "fac_jax"
 PEERS = ("official", "sparsify", "sae_lens", "dictionary_learning")
@@ -43,6 +43,8 @@ class Bench:
     """Features kept per row."""
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """Type of the matmul's inputs; parameters are float32."""
+    device: Device = "cpu"
+    """Where to run."""
     contenders: tuple[str, ...] = NAMES
     """Who runs."""
     peers_python: str = sys.executable
@@ -136,13 +138,13 @@ def rows(results: Mapping[str, Result], shape: Shape, floor_s: float) -> list[di
 
 def _run(bench: Bench, shape: Shape, name: str, parts: bool) -> dict[str, Any]:
     """One contender, one round. One that runs out of memory or time, or falls over, is absent with the reason."""
-    asked = {"contender": name, **to_plain(shape), "k": bench.k, "dtype": bench.dtype}
+    asked = {"contender": name, **to_plain(shape), "k": bench.k, "dtype": bench.dtype, "device": bench.device}
     asked |= {"warm_up": WARM_UP, "steps": bench.steps}
     if name == OURS:
         program = [sys.executable, "-m", "fac_jax.scale.sae_contender"]
     else:
         program = [bench.peers_python, str(Path(__file__).with_name("torch_contenders.py"))]
-    return run_json([*program, json.dumps({**asked, "parts": parts})], bench.timeout_s)
+    return run_json([*program, json.dumps({**asked, "parts": parts})], bench.timeout_s, bench.device)
 
 
 def matmul_rates(bench: Bench, shape: Shape) -> dict[str, float]:
@@ -151,7 +153,8 @@ def matmul_rates(bench: Bench, shape: Shape) -> dict[str, float]:
     found = {}
     for library, python in (("jax", sys.executable), ("torch", bench.peers_python)):
         script = Path(__file__).with_name("matmul_rate.py")
-        answer = run_json([python, str(script), json.dumps([library, bench.dtype, *sizes])], bench.timeout_s)
+        asked = json.dumps([library, bench.device, bench.dtype, *sizes])
+        answer = run_json([python, str(script), asked], bench.timeout_s, bench.device)
         found[library] = answer.get("flops_per_second", 0.0)
     return found
 

@@ -1,7 +1,7 @@
 """fac_jax's own training step in a process of its own, as `fac bench sae` times it beside the torch ones.
 
     python -m fac_jax.scale.sae_contender '{"d_model": 768, "features": 16384, "batch": 1024, "k": 32,
-                                            "dtype": "bfloat16", "warm_up": 4, "steps": 4, "parts": true}'
+        "dtype": "bfloat16", "warm_up": 4, "steps": 4, "parts": true}'
 
 The last line it prints is JSON: seconds of each step, peak memory in bytes, the last loss, and where the time goes.
 It is the step that `fac train` runs, metrics and auxiliary loss included. `parts` times the selection, the loss and
@@ -48,11 +48,20 @@ def main() -> None:
         state, metrics = step(state, batches[i % 2])
         jax.block_until_ready((state, metrics))
         seconds.append(time.perf_counter() - started)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    found: dict[str, Any] = {"seconds": seconds[asked["warm_up"] :], "peak_bytes": peak, "loss": float(metrics.loss)}
+    found: dict[str, Any] = {
+        "seconds": seconds[asked["warm_up"] :],
+        "peak_bytes": peak_bytes(),
+        "loss": float(metrics.loss),
+    }
     if asked.get("parts"):
         found["parts"] = parts(problem, state, batches[0], mesh, asked["steps"], min(seconds[asked["warm_up"] :]))
     print(json.dumps({**found, "version": f"jax {versions()['jax']}"}))
+
+
+def peak_bytes() -> int:
+    """Most memory that was taken so far: of the device where it has its own, else of this process."""
+    of_device = jax.local_devices()[0].memory_stats()
+    return of_device["peak_bytes_in_use"] if of_device else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def parts(
@@ -65,7 +74,7 @@ def parts(
 
     @jax.jit
     def selection(w_fd: jax.Array, b_enc_f: jax.Array, b_dec_d: jax.Array, x_bd: jax.Array) -> Any:
-        return select(w_fd, b_enc_f, x_bd - b_dec_d, problem.select_dtype, [Among(k)])
+        return select(w_fd, b_enc_f, x_bd - b_dec_d, problem.select_dtype, [Among(k)], problem.platform)
 
     select_s = fastest(lambda: selection(w_fd, b_enc_f, b_dec_d, batch.x_bd), repeats)
     without_gradient = jax.jit(loss)

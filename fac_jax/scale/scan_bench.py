@@ -8,7 +8,8 @@ so that each has its equal. Counted are real tokens, never padding; weights are 
 clock starts. The peers are given token ids, our time includes reading, tokenizing and packing.
 
 Contenders run in processes of their own and in rounds (contest.py). Prints a table and where our time goes, and writes
-JSON to `--out`. Everything runs on the CPU, in float32.
+JSON to `--out`. Backbones compute in `--dtype`. Memory is the process's, or with `--device gpu` what it took of the
+GPU's.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, Literal
 
 from rich.table import Table
 
@@ -30,7 +31,7 @@ from fac_jax.errors import UserError
 from fac_jax.plain import suggest
 from fac_jax.scale.activations_bench import empty_folder, prepare, read_geometry, say
 from fac_jax.scale.activations_table import Goal
-from fac_jax.scale.contest import Result, circumstances, print_circumstances, run_json
+from fac_jax.scale.contest import Device, Result, circumstances, print_circumstances, run_json
 
 PEERS = {"official": "relu", "delphi": "topk"}
 """Who scans beside us, and the kind of activations that it counts."""
@@ -61,6 +62,10 @@ class ScanBench:
     """What ours keeps of single documents: none or all, as scan.peaks."""
     geometry: str = "8x512"
     """Our batches: packed rows x tokens."""
+    device: Device = "cpu"
+    """Where to run."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Type that the backbone computes in."""
     peers: tuple[str, ...] = tuple(PEERS)
     """Who scans beside us: official, delphi."""
     peers_python: str = sys.executable
@@ -127,7 +132,7 @@ def measure_width(bench: ScanBench, features: int, asked: Mapping[str, Any], fol
     sae = folder / str(features)
     given = {
         **asked, "sae_folder": str(sae), "sae": str(sae / "sae.safetensors"), "k": bench.k, "top": bench.top,
-        "geometry": bench.geometry, "peaks": bench.peaks,
+        "geometry": bench.geometry, "peaks": bench.peaks, "device": bench.device, "dtype": bench.dtype,
     }  # fmt: skip
     cases = {f"fac_jax {acts}": {**given, "acts": acts} for acts in ("topk", "relu")}
     cases |= {peer: {**given, "contender": peer} for peer in bench.peers}
@@ -141,7 +146,7 @@ def measure_width(bench: ScanBench, features: int, asked: Mapping[str, Any], fol
                     if name not in bench.peers:
                         program = [sys.executable, "-m", "fac_jax.scale.scan_contender"]
                     asking = {**case, "folder": str(made), "parts": index == bench.rounds - 1}
-                    results[name].add(run_json([*program, json.dumps(asking)], bench.timeout_s))
+                    results[name].add(run_json([*program, json.dumps(asking)], bench.timeout_s, bench.device))
     return {"features": features, "rows": rows(results)}
 
 

@@ -1,8 +1,8 @@
 """fac_jax's own scan in a process of its own, as `fac bench scan` times it beside the torch ones.
 
     python -m fac_jax.scale.scan_contender '{"model": SOURCE, "layer": 15, "sae_folder": FOLDER, "acts": "topk",
-        "geometry": "8x512", "documents": FILE.jsonl, "warm_up": FILE.jsonl, "max_tokens": 256, "top": 10,
-        "peaks": "none", "folder": EMPTY}'
+        "dtype": "float32", "geometry": "8x512", "documents": FILE.jsonl, "warm_up": FILE.jsonl, "max_tokens": 256,
+        "top": 10, "peaks": "none", "folder": EMPTY}'
 
 The last line it prints is JSON: seconds, what was counted, peak memory in bytes. It is what `fac scan` does once the
 weights are loaded and the programs are compiled: documents read, tokenized and packed, the forward pass, encoder and
@@ -12,7 +12,6 @@ top-k, statistics, and the files. `parts` times each alone, waiting for the devi
 from __future__ import annotations
 
 import json
-import resource
 import sys
 import time
 from collections.abc import Mapping
@@ -27,6 +26,7 @@ from fac_jax.config import BackboneConfig, Config, DataSet, ScanConfig, Source
 from fac_jax.packing import batches
 from fac_jax.runs import versions
 from fac_jax.sae.checkpoint import LoadedSae
+from fac_jax.scale.sae_contender import peak_bytes
 from fac_jax.scan import parts as files
 from fac_jax.scan.parts import Identity
 from fac_jax.scan.peaks import tables_of
@@ -50,7 +50,7 @@ def main() -> None:
     found |= {"active": counts["peaks"], "content": counts["content_tokens"]}
     if asked.get("parts"):
         found["parts"] = parts(config, loaded, sae, folder / "parts")
-    found["peak_bytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    found["peak_bytes"] = peak_bytes()
     print(json.dumps({**found, "version": f"jax {versions()['jax']}"}))
 
 
@@ -58,7 +58,7 @@ def scan_config(asked: Mapping[str, Any], documents: str) -> Config:
     """The config of a scan of the file `documents`."""
     rows, tokens = map(int, asked["geometry"].split("x"))
     return Config(
-        backbone=BackboneConfig(asked["model"], asked["layer"], "float32", rows, tokens),
+        backbone=BackboneConfig(asked["model"], asked["layer"], asked["dtype"], rows, tokens),
         data={DATA: DataSet(sources=(Source(path=documents, text="messages"),), max_tokens=asked["max_tokens"])},
         scan=ScanConfig(acts=asked["acts"], sae=asked["sae_folder"], top_spans=asked["top"], peaks=asked["peaks"]),
     )

@@ -3,7 +3,7 @@
 Run by path with whatever Python has torch and transformers, so it imports nothing of fac_jax:
 
     python torch_activations.py '{"part": "harvest", "contender": "official", "hf_model": FOLDER, "layer": 15,
-                                  "dtype": "float32", "ids": IDS.json, "folder": EMPTY}'
+                                  "device": "cpu", "dtype": "float32", "ids": IDS.json, "folder": EMPTY}'
     python torch_activations.py '{"part": "write", "d_model": 576, "rows": 100000, "folder": EMPTY}'
     python torch_activations.py '{"part": "read", "batch_rows": 4096, "passes": 3, "folder": WRITTEN}'
 
@@ -86,7 +86,9 @@ def harvest(asked: dict[str, Any]) -> dict[str, Any]:
     import transformers
 
     transformers.utils.logging.disable_progress_bar()
+    torch.set_default_device("cuda" if asked.get("device") == "gpu" else "cpu")
     model = transformers.AutoModelForCausalLM.from_pretrained(asked["hf_model"], dtype=getattr(torch, asked["dtype"]))
+    model = model.to(torch.get_default_device())
     documents = json.loads(Path(asked["ids"]).read_text())
     ids = [torch.tensor(one) for one in documents["ids"]]
     content = [torch.tensor(one, dtype=torch.bool) for one in documents["content"]]
@@ -162,7 +164,9 @@ def main() -> None:
     except ImportError as error:
         print(json.dumps({"absent": f"transformers cannot be imported here ({error})"}))
         return
-    print(json.dumps({**found, "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}))
+    of_process = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    peak = torch.cuda.max_memory_allocated() if asked.get("device") == "gpu" else of_process
+    print(json.dumps({**found, "peak_bytes": peak}))
 
 
 if __name__ == "__main__":

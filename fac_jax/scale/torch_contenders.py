@@ -3,7 +3,7 @@
 Run by path with whatever Python has the peers installed, so it imports nothing of fac_jax:
 
     python torch_contenders.py '{"contender": "sparsify", "d_model": 768, "features": 16384, "batch": 1024, "k": 32,
-                                 "dtype": "bfloat16", "warm_up": 4, "steps": 4}'
+                                 "dtype": "bfloat16", "device": "cpu", "warm_up": 4, "steps": 4}'
 
 The last line it prints is JSON: seconds of each step, peak memory in bytes, the last loss; or why it cannot run.
 sparsify, sae_lens and dictionary_learning are the published packages, called as their own trainers call them, with
@@ -25,7 +25,8 @@ from typing import Any
 import torch
 from torch.nn import functional
 
-CHUNK_ELEMENTS = 2**20  # of gathered rows at a time: what the caches hold
+CHUNK_ELEMENTS = {"cpu": 2**20, "cuda": 2**28}
+"""Of gathered rows at a time: what a processor's caches hold, or 1 GiB."""
 
 Step = Callable[[torch.Tensor], float]
 
@@ -40,7 +41,7 @@ def sparsify(d: int, features: int, k: int, autocast: Callable[[], AbstractConte
     from sparsify import SparseCoder
     from sparsify.config import SparseCoderConfig
 
-    model = SparseCoder(d, SparseCoderConfig(num_latents=features, k=k))
+    model = SparseCoder(d, SparseCoderConfig(num_latents=features, k=k), device=torch.get_default_device())
     optimizer = adam(model.parameters())
 
     def step(x_bd: torch.Tensor) -> float:
@@ -61,7 +62,7 @@ def sae_lens(d: int, features: int, k: int, autocast: Callable[[], AbstractConte
     from sae_lens.saes.sae import TrainStepInput
     from sae_lens.saes.topk_sae import TopKTrainingSAE, TopKTrainingSAEConfig
 
-    model = TopKTrainingSAE(TopKTrainingSAEConfig(d_in=d, d_sae=features, k=k))
+    model = TopKTrainingSAE(TopKTrainingSAEConfig(d_in=d, d_sae=features, k=k, device=str(torch.get_default_device())))
     optimizer = adam(model.parameters())
     dead_f = torch.zeros(features, dtype=torch.bool)
 
@@ -84,7 +85,14 @@ def dictionary_learning(d: int, features: int, k: int, autocast: Callable[[], Ab
     from dictionary_learning.trainers.top_k import TopKTrainer
 
     trainer = TopKTrainer(
-        steps=10_000, activation_dim=d, dict_size=features, k=k, layer=0, lm_name="none", lr=1e-3, device="cpu"
+        steps=10_000,
+        activation_dim=d,
+        dict_size=features,
+        k=k,
+        layer=0,
+        lm_name="none",
+        lr=1e-3,
+        device=str(torch.get_default_device()),
     )
     done = iter(range(10_000))
 
@@ -138,7 +146,7 @@ def hand_tuned(d: int, features: int, k: int, autocast: Callable[[], AbstractCon
         g_bd = e_bd * (2 / (d * batch) / square_b)[:, None]
         dw_fd.zero_()
         db_enc_f.zero_()
-        rows = max(1, CHUNK_ELEMENTS // (k * d))
+        rows = max(1, CHUNK_ELEMENTS[w_fd.device.type] // (k * d))
         for start in range(0, batch, rows):
             cut = slice(start, start + rows)
             flat, acts = idx_bk[cut].reshape(-1), acts_bk[cut]
@@ -167,10 +175,12 @@ def main() -> None:
     """Time the contender that the argument names."""
     asked = json.loads(sys.argv[1])
     package = PACKAGES.get(asked["contender"], "torch")
+    device = "cuda" if asked["device"] == "gpu" else "cpu"
+    torch.set_default_device(device)
     torch.manual_seed(0)
 
     def autocast() -> AbstractContextManager:
-        return torch.autocast("cpu", torch.bfloat16, enabled=asked["dtype"] == "bfloat16")
+        return torch.autocast(device, torch.bfloat16, enabled=asked["dtype"] == "bfloat16")
 
     try:
         version = metadata.version(package)
@@ -184,8 +194,11 @@ def main() -> None:
     for i in range(asked["warm_up"] + asked["steps"]):
         started = time.perf_counter()
         loss = step(x_nbd[i % 2])
+        if device == "cuda":
+            torch.cuda.synchronize()
         seconds.append(time.perf_counter() - started)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    of_process = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    peak = torch.cuda.max_memory_allocated() if device == "cuda" else of_process
     found: dict[str, Any] = {"seconds": seconds[asked["warm_up"] :], "peak_bytes": peak, "loss": loss}
     print(json.dumps({**found, "version": f"{package} {version}"}))
 

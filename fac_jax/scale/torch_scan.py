@@ -4,7 +4,7 @@
 Run by path with whatever Python has torch, transformers and delphi, so it imports nothing of fac_jax:
 
     python torch_scan.py '{"contender": "official", "hf_model": FOLDER, "layer": 15, "sae": SAE.safetensors, "k": 32,
-                           "ids": IDS.json, "top": 10, "folder": EMPTY}'
+                           "device": "cpu", "dtype": "float32", "ids": IDS.json, "top": 10, "folder": EMPTY}'
 
 The last line it prints is JSON: seconds, what was counted, peak memory in bytes; or why it cannot run. `official` does
 what the published code does: one prompt at a time through the whole model, all ReLU activations (top-k off) at its
@@ -79,7 +79,7 @@ CONTENDERS: dict[str, Callable[..., int]] = {"official": official, "delphi": del
 def _sae(asked: dict[str, Any]) -> dict[str, torch.Tensor]:
     from safetensors.torch import load_file
 
-    return load_file(asked["sae"])
+    return load_file(asked["sae"], device=str(torch.get_default_device()))
 
 
 def main() -> None:
@@ -93,9 +93,10 @@ def main() -> None:
     except ImportError as error:
         print(json.dumps({"absent": f"cannot be imported here ({error})"}))
         return
+    torch.set_default_device("cuda" if asked["device"] == "gpu" else "cpu")
     transformers.utils.logging.disable_progress_bar()
     kind = transformers.AutoModel if asked["contender"] == "delphi" else transformers.AutoModelForCausalLM
-    model = kind.from_pretrained(asked["hf_model"], dtype=torch.float32)
+    model = kind.from_pretrained(asked["hf_model"], dtype=getattr(torch, asked["dtype"])).to(torch.get_default_device())
     documents = json.loads(Path(asked["ids"]).read_text())
     ids = [torch.tensor(one) for one in documents["ids"]]
     content = [torch.tensor(one, dtype=torch.bool) for one in documents["content"]]
@@ -108,8 +109,10 @@ def main() -> None:
     versions = f"transformers {transformers.__version__}, torch {torch.__version__}"
     if asked["contender"] == "delphi":
         versions = f"delphi {version('eai-delphi')}, {versions}"
+    of_process = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    peak = torch.cuda.max_memory_allocated() if asked["device"] == "gpu" else of_process
     found = {"seconds": [seconds], "count": sum(map(len, ids)), "active": active, "version": versions}
-    print(json.dumps({**found, "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}))
+    print(json.dumps({**found, "peak_bytes": peak}))
 
 
 if __name__ == "__main__":

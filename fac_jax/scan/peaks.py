@@ -169,18 +169,25 @@ def _segment_mean(x_btd: Array, slot_bt: Array, slots: int) -> Array:
 def _raise_entries(table: Peaks, acts_bk: Array, idx_bk: Array, slot_b: Array, position_b: Array) -> Peaks:
     counted_bk = (acts_bk > 0) & (slot_b < table.peak_sf.shape[0])[:, None]
     tokens_f = table.tokens_f.at[idx_bk].add(counted_bk)
-    return _raise(table, tokens_f, acts_bk, (slot_b[:, None], idx_bk), position_b)
+    # What was not selected is not touched: the table may be a hundred times as large.
+    at = slot_b[:, None], idx_bk
+    old_bk = table.peak_sf.at[at].get(mode="fill", fill_value=jnp.inf)
+    peak_sf = table.peak_sf.at[at].max(acts_bk, mode="drop")
+    now_bk = peak_sf.at[at].get(mode="fill", fill_value=-1)
+    position_sf = table.position_sf.at[at].max(jnp.where(now_bk > old_bk, NOWHERE, -1), mode="drop")
+    return Peaks(peak_sf, _first(position_sf, at, acts_bk, now_bk, position_b), tokens_f)
 
 
 def _raise_rows(table: Peaks, acts_bf: Array, slot_b: Array, position_b: Array) -> Peaks:
     counted_bf = (acts_bf > 0) & (slot_b < table.peak_sf.shape[0])[:, None]
-    return _raise(table, table.tokens_f + counted_bf.sum(axis=0), acts_bf, (slot_b,), position_b)
-
-
-def _raise(table: Peaks, tokens_f: Array, acts: Array, at: tuple[Array, ...], position_b: Array) -> Peaks:
-    """Raise `peak_sf[at]` to `acts`; where that raised it, forget the old position; keep the first that reaches it."""
-    peak_sf = table.peak_sf.at[at].max(acts, mode="drop")
+    peak_sf = table.peak_sf.at[slot_b].max(acts_bf, mode="drop")
+    now_bf = peak_sf.at[slot_b].get(mode="fill", fill_value=-1)
     position_sf = jnp.where(peak_sf > table.peak_sf, NOWHERE, table.position_sf)
-    reaches = (acts > 0) & (acts == peak_sf.at[at].get(mode="fill", fill_value=-1))
-    position_sf = position_sf.at[at].min(jnp.where(reaches, position_b[:, None], NOWHERE), mode="drop")
-    return Peaks(peak_sf, position_sf, tokens_f)
+    position_sf = _first(position_sf, (slot_b,), acts_bf, now_bf, position_b)
+    return Peaks(peak_sf, position_sf, table.tokens_f + counted_bf.sum(axis=0))
+
+
+def _first(position_sf: Array, at: tuple[Array, ...], acts: Array, now: Array, position_b: Array) -> Array:
+    """Positions with the first token that reaches the peak `now`; NOWHERE stands where the old one was forgotten."""
+    reaches = (acts > 0) & (acts == now)
+    return position_sf.at[at].min(jnp.where(reaches, position_b[:, None], NOWHERE), mode="drop")

@@ -32,7 +32,7 @@ from fac_jax.backbone.weights import Loaded
 from fac_jax.config import Config, DataSet, Source
 from fac_jax.distributed import Process, beat, is_first, wait_for_all
 from fac_jax.errors import Unfinished, UserError
-from fac_jax.packing import PackedBatch, check_fits, encode, pack
+from fac_jax.packing import PackedBatch, check_fits, encode_all, pack
 from fac_jax.plain import digest
 from fac_jax.progress import Bar, progress
 from fac_jax.sae.checkpoint import LoadedSae
@@ -142,7 +142,7 @@ def scan_share(
         documents = read_documents(dataset, name, skipped)
         with progress(f"scan {name}", _left(dataset, state), "documents") as bar:
             for unit, first, held in units(documents, share, state.cursor):
-                encoded = (encode(document, loaded.tokenizer, dataset.max_tokens) for document in held)
+                encoded = encode_all(held, loaded.tokenizer, dataset.max_tokens)
                 corpus = pack(encoded, geometry.rows_per_batch, geometry.row_tokens, first)
                 stretch = Stretch(identity, loaded, kept_f)
                 for batch, tables in _counted(dispatched(corpus, loaded, sae, identity.acts), bar):

@@ -16,7 +16,7 @@ from scipy.sparse import csr_array, vstack
 from fac_jax.backbone.weights import Loaded, load_backbone
 from fac_jax.config import BackboneConfig, Config
 from fac_jax.mesh import own_mesh
-from fac_jax.packing import EncodedDocument, PackedBatch, encode, pack
+from fac_jax.packing import EncodedDocument, PackedBatch, encode_all, pack
 from fac_jax.sae.checkpoint import LoadedSae, load_sae
 from fac_jax.scan.peaks import Acts, Table, collect, dispatch
 from fac_jax.scan.product import Scan, check_sae
@@ -71,7 +71,7 @@ def open_scorer(config: Config, inputs: Mapping[str, Path], anchor: Scan, cut_as
 
     def score(texts: Sequence[str]) -> csr_array:
         documents = (make_document([Turn("user", text)], None, "written") for text in texts)
-        encoded = [encode(document, loaded.tokenizer, max_tokens) for document in documents]
+        encoded = list(encode_all(documents, loaded.tokenizer, max_tokens))
         return peaks_of(encoded, loaded, sae, config.scan.acts, config.backbone)
 
     return score

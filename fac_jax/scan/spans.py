@@ -10,13 +10,15 @@ included (the official code's spans stop before it).
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 import pyarrow as pa
 from jaxtyping import Bool, Float32, Int, Int64, UInt64
 from transformers import PreTrainedTokenizerFast
+
+from fac_jax.packing import EncodedDocument
 
 EDGES = 2.0 ** np.arange(-8, 12.5, 0.5)
 """Edges of the histogram, half octaves: bin j counts peaks in (EDGES[j-1], EDGES[j]], the last those above them all."""
@@ -115,6 +117,53 @@ def span_bounds(content: Bool[np.ndarray, " t"], position: int, span_tokens: int
     before = min(span_tokens - 1 - after, position - first)
     after = min(span_tokens - 1 - before, last - position - 1)
     return position - before, position + 1 + after
+
+
+def turns(
+    content_t: Bool[np.ndarray, " t"], start_n: Int[np.ndarray, " n+1"]
+) -> tuple[Int64[np.ndarray, " t"], Int64[np.ndarray, " t"]]:
+    """[start, stop) of the run of content tokens that each content token belongs to, in documents one behind the other;
+    document n is [start_n[n], start_n[n + 1]), and no run leaves its document."""
+    index = np.arange(len(content_t))
+    begins = np.append(True, ~content_t[:-1])[: len(index)]  # the token before is no content
+    begins[start_n[:-1][np.diff(start_n) > 0]] = True
+    ends = np.append(begins[1:] | ~content_t[1:], True)[: len(index)]
+    start_t = np.maximum.accumulate(np.where(begins, index, 0))
+    stop_t = np.minimum.accumulate(np.where(ends, index + 1, len(index))[::-1])[::-1]
+    return start_t, stop_t
+
+
+def bounds_around(
+    at_m: Int64[np.ndarray, " m"],
+    first_m: Int64[np.ndarray, " m"],
+    last_m: Int64[np.ndarray, " m"],
+    span_tokens: int,
+) -> tuple[Int64[np.ndarray, " m"], Int64[np.ndarray, " m"]]:
+    """`span_bounds` of many tokens, each in a turn [first, last)."""
+    after_m = np.minimum(span_tokens // 4, last_m - at_m - 1)
+    before_m = np.minimum(span_tokens - 1 - after_m, at_m - first_m)
+    after_m = np.minimum(span_tokens - 1 - before_m, last_m - at_m - 1)
+    return at_m - before_m, at_m + 1 + after_m
+
+
+def span_texts(
+    documents: Sequence[EncodedDocument],
+    document_m: Int64[np.ndarray, " m"],
+    position_m: Int64[np.ndarray, " m"],
+    span_tokens: int,
+    tokenizer: PreTrainedTokenizerFast,
+) -> pa.Table:
+    """`span_text` of many places, as rows of TEXTS: 10 times as fast."""
+    start_n = np.cumsum([0, *(len(one.ids) for one in documents)])
+    first_t, last_t = turns(np.concatenate([one.content for one in documents]), start_n)
+    at_m = start_n[document_m] + position_m
+    start_m, stop_m = bounds_around(at_m, first_t[at_m], last_t[at_m], span_tokens)
+    ids = np.concatenate([one.ids for one in documents]).tolist()
+    columns = []
+    for cuts in ((start_m, at_m), (at_m, at_m + 1), (at_m + 1, stop_m)):
+        runs = [ids[start:stop] for start, stop in zip(*(cut.tolist() for cut in cuts), strict=True)]
+        columns.append(tokenizer.backend_tokenizer.decode_batch(runs, skip_special_tokens=False))
+    return pa.table([pa.array(column, pa.string()) for column in columns], TEXTS)
 
 
 def span_text(

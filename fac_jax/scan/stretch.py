@@ -21,7 +21,7 @@ from fac_jax.packing import EncodedDocument, PackedBatch
 from fac_jax.scan import parts
 from fac_jax.scan.parts import Counts, Identity, State
 from fac_jax.scan.peaks import BatchPeaks, Table, collect
-from fac_jax.scan.spans import TEXTS, Summary, extend, span_text
+from fac_jax.scan.spans import Summary, extend, span_texts
 from fac_jax.scan.tally import count, new_tally, places, positions, slots, stats
 from fac_jax.scan.units import Cursor
 
@@ -81,10 +81,9 @@ class Stretch:
 
     def _cut(self, spans: Int64[np.ndarray, " m"]) -> pa.Table:
         """Words of spans by their `span_fn`; those that several features share are cut once."""
-        where = np.stack([places(self.tally)[spans], positions(self.tally)[spans]], axis=1)
-        wanted, inverse = np.unique(where, axis=0, return_inverse=True)
-        rows = []
-        for place, position in wanted.tolist():
-            one = self._documents[place]
-            rows.append(span_text(one.ids, one.content, position, self._identity.span_tokens, self._loaded.tokenizer))
-        return pa.Table.from_pylist(rows, TEXTS).take(inverse.reshape(-1))
+        longest = max(len(one.ids) for one in self._documents)
+        where = places(self.tally)[spans].astype(np.int64) * longest + positions(self.tally)[spans]
+        wanted, inverse = np.unique(where, return_inverse=True)
+        place_m, position_m = np.divmod(wanted, longest)
+        length = self._identity.span_tokens
+        return span_texts(self._documents, place_m, position_m, length, self._loaded.tokenizer).take(inverse)

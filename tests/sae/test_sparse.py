@@ -67,7 +67,7 @@ def test_gradient_by_hand_is_autodiffs(
 ) -> None:
     """In every parameter, through the sums; the dead selection counts only when there is one.
 
-    In chunks of rows as on CPUs, and these by columns as on accelerators.
+    In chunks of rows as on CPUs and GPUs, and these by columns as on TPUs.
     """
     monkeypatch.setattr(sparse, "CHUNK_BYTES", {"cpu": rows_per_chunk * 6 * D * 4, "tpu": rows_per_chunk * D * 4})
     live, dead = chosen(1, 6, groups), chosen(2, 9, 1)

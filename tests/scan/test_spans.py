@@ -10,6 +10,7 @@ import pyarrow as pa
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fac_jax.packing import EncodedDocument
 from fac_jax.scan.spans import (
     EDGES,
     TEXTS,
@@ -19,7 +20,11 @@ from fac_jax.scan.spans import (
     merge,
     merge_summaries,
     span_bounds,
+    span_text,
+    span_texts,
 )
+from fac_jax.text import Turn, make_document
+from tests.features.topics import topics_tokenizer
 from tests.scan.reference_stats import stats_of
 
 FEATURES, TOP = 5, 3
@@ -111,6 +116,24 @@ def test_words_follow_their_spans(
     merged = reduce(merge_summaries, parts)
     assert same(merged.stats, whole.stats) and merged.texts.equals(whole.texts)
     assert reduce(lambda a, b: merge_summaries(b, a), parts).texts.equals(whole.texts)
+
+
+@given(st.lists(st.lists(st.booleans(), min_size=1, max_size=20), min_size=1, max_size=4), st.integers(1, 12))
+def test_many_spans_are_cut_as_each_alone(contents: list[list[bool]], room: int) -> None:
+    """Turns end where their document does, however they are joined; and the words are those of one at a time."""
+    tokenizer = topics_tokenizer()
+    documents = [
+        EncodedDocument(
+            make_document([Turn("user", str(n))], None, "t"), np.arange(n, n + len(c)) % 30, np.array(c), {}
+        )
+        for n, c in enumerate(contents)
+    ]
+    places = [(n, int(t)) for n, one in enumerate(documents) for t in np.flatnonzero(one.content)]
+    document_m, position_m = np.array(places, np.int64).reshape(-1, 2).T
+    found = span_texts(documents, document_m, position_m, room, tokenizer)
+    assert found.schema == TEXTS
+    alone = [span_text(documents[n].ids, documents[n].content, t, room, tokenizer) for n, t in places]
+    assert found.to_pylist() == alone
 
 
 def test_span_is_mostly_what_came_before() -> None:
