@@ -82,11 +82,18 @@ class Loaded:
     def residuals_fn(self, layers: tuple[int, ...], dtype: str) -> Callable[[Any, Any, Any], tuple[Array, ...]]:
         """Compiled residuals of several layers (rising) from one pass, in the type `dtype`, each as `residual_fn`'s."""
         key = ("residuals", layers, dtype)
-        return self._jit(key, self._residuals_at(layers, dtype), (sharding(self.mesh, DATA, None),) * 3)
+        compute = self._residuals_at(layers, dtype, platform(self.mesh))
+        return self._jit(key, compute, (sharding(self.mesh, DATA, None),) * 3)
 
-    def lower_residuals(self, layers: tuple[int, ...], dtype: str, rows: int, tokens: int) -> Lowered:
-        """The program of `residuals_fn` for [rows, tokens], not compiled; parameters may be shapes without values."""
-        program, state = self._program(self._residuals_at(layers, dtype), (sharding(self.mesh, DATA, None),) * 3)
+    def lower_residuals(
+        self, layers: tuple[int, ...], dtype: str, rows: int, tokens: int, target: str | None = None
+    ) -> Lowered:
+        """The program of `residuals_fn` for [rows, tokens], not compiled; parameters may be shapes without values.
+
+        `target` is the platform that it is for, where the devices of the mesh only stand in for others.
+        """
+        compute = self._residuals_at(layers, dtype, target or platform(self.mesh))
+        program, state = self._program(compute, (sharding(self.mesh, DATA, None),) * 3)
         return program.lower(state, *(jax.ShapeDtypeStruct((rows, tokens), np.int32),) * 3)
 
     def logits_fn(self) -> Callable[[Any], Float[Array, "b t v"]]:
@@ -117,10 +124,9 @@ class Loaded:
             self.compiled[key] = call
         return self.compiled[key]
 
-    def _residuals_at(self, layers: tuple[int, ...], dtype: str) -> Callable[..., tuple[Array, ...]]:
+    def _residuals_at(self, layers: tuple[int, ...], dtype: str, target: str) -> Callable[..., tuple[Array, ...]]:
         compute = _residuals_at(layers, dtype)
-        alone_on_cpu = self.mesh.size == 1 and platform(self.mesh) == "cpu"
-        return _in_pieces(compute) if alone_on_cpu else compute
+        return _in_pieces(compute) if self.mesh.size == 1 and target == "cpu" else compute
 
     def _program(self, compute: Callable[..., Any], inputs: tuple[NamedSharding, ...]) -> tuple[Wrapped, Any]:
         """The jitted function of `_jit`, and the state that it is called with first."""

@@ -226,7 +226,7 @@ def harvest_step(config: Config, model: ModelConfig, topology: Topology, bar: Ba
         limit = topology.chip.device.memory_gib * GIB
         try:
             batch = replace(config.backbone, rows_per_batch=rows)
-            program = compile_harvest(replace(config, backbone=batch), model, mesh, limit)
+            program = compile_harvest(replace(config, backbone=batch), model, mesh, limit, topology.chip.platform)
         except OutOfMemory as found:
             blocks = config.harvested_layers[-1]
             refused = f"the backbone's first {blocks} blocks do not fit a host: they need {found} a device"

@@ -94,8 +94,9 @@ def state_bytes(problem: Problem, mesh: Mesh) -> int:
     return sum(int(np.prod(leaf.sharding.shard_shape(leaf.shape))) * leaf.dtype.itemsize for leaf in leaves)
 
 
-def compile_harvest(config: Config, model: ModelConfig, mesh: Mesh, limit: float) -> Program:
-    """The backbone up to the last layer that is read, on one host's devices. Raises OutOfMemory."""
+def compile_harvest(config: Config, model: ModelConfig, mesh: Mesh, limit: float, target: str) -> Program:
+    """The backbone up to the last layer that is read, on one host's devices, which may only stand in for those of
+    platform `target`. Raises OutOfMemory."""
     backbone, layers = config.backbone, config.harvested_layers
     if layers[-1] > model.n_layers:
         raise UserError(f"{backbone.model} has {model.n_layers} layers, config asks {layers[-1]}")
@@ -110,7 +111,7 @@ def compile_harvest(config: Config, model: ModelConfig, mesh: Mesh, limit: float
     none: Any = None
     loaded = Loaded(Backbone(model, arrays), model, none, "", mesh, dtype)
     kept = str(row_dtype(config.harvest.dtype))
-    lowered = loaded.lower_residuals(layers, kept, backbone.rows_per_batch, backbone.row_tokens)
+    lowered = loaded.lower_residuals(layers, kept, backbone.rows_per_batch, backbone.row_tokens, target)
     return _compile(lowered, mesh, limit)
 
 

@@ -71,6 +71,15 @@ def test_a_plan_counts_the_real_programs(config: Config, name: str) -> None:
     assert train.program.peak_bytes >= 3 * 4 * features * WIDTH  # parameters and both moments
 
 
+def test_one_gpu_harvests_as_a_gpu_does(config: Config) -> None:
+    """Not as the processor that stands in for it, which skips batches of nothing but padding."""
+    alone = replace(config, mesh=MeshConfig())
+    harvest = made(alone, read_topology("h200:1")).harvest
+    assert harvest is not None
+    block = 2 * (2 * WIDTH * WIDTH + 2 * WIDTH * WIDTH // 2 + 3 * WIDTH * 128)
+    assert harvest.cost.sum(lambda op: op.work.matmul) >= 2 * block * 8 * 32 and harvest.ratio >= 1
+
+
 def test_it_prints_that_nothing_was_measured(
     config: Config, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:

@@ -90,7 +90,7 @@ def test_a_harvest_needs_no_collectives_when_hosts_hold_the_model() -> None:
     mesh = make_mesh(MeshConfig(feature=1), host.devices)
     model = model_config(config.backbone.model)
     shallow = replace(config, backbone=replace(config.backbone, layer=2))
-    program = compile_harvest(shallow, model, mesh, 15.75 * 2**30)
+    program = compile_harvest(shallow, model, mesh, 15.75 * 2**30, "tpu")
     assert "all-reduce" not in program.text
 
 
