@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import errno
+import json
 import logging
 import os
 import select
@@ -16,6 +17,7 @@ import sys
 import typing
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import tyro
 from rich.console import Console
@@ -25,8 +27,8 @@ from fac_jax import __version__
 from fac_jax.config import Config, load_config
 from fac_jax.distributed import STOPPED, is_first, leave, start
 from fac_jax.errors import Stopped, Unfinished, UserError
-from fac_jax.plain import suggest
-from fac_jax.runs import Run, Stage
+from fac_jax.plain import suggest, to_plain
+from fac_jax.runs import Run, Stage, write_text
 
 
 @dataclass(frozen=True)
@@ -133,6 +135,14 @@ def _dispatch(arguments: list[str]) -> int:
     rest = list(map(_in_full, rest))
     options = _take_options(rest, OPTIONS.get(name, {}))
     path = rest.pop(0) if rest and not rest[0].startswith("-") else None
+    if name == "samples" and action == "show":
+        if not rest or rest[0].startswith("-"):
+            print(
+                "usage: fac samples show CONFIG SAMPLE, such as f812-s2-0; `fac samples list CONFIG` names them",
+                file=sys.stderr,
+            )
+            return 2
+        options["sample"] = rest.pop(0)
     config = _parse(name, verb, path, rest, options.pop("on-bad-row", None))
     start(config.mesh)
     if not is_first():
@@ -294,6 +304,22 @@ def _dry_run(config: Config, wanted: list[str]) -> None:
     Console(width=None if sys.stdout.isatty() else 120).print(table(config, estimates(config, wanted)))
 
 
+def _samples(config: Config, verb: str, options: dict[str, str]) -> None:
+    """What synthesis kept, or the story of one sample."""
+    from fac_jax.report.samples import listing, printed, read_story
+
+    console = Console(width=None if sys.stdout.isatty() else 160, highlight=False)
+    run_dir, unsafe = Path(config.run.dir), "show-unsafe" in options
+    if options["action"] == "list":
+        console.print(listing(run_dir, config, unsafe))
+        return
+    story, harmful = read_story(run_dir, config, options["sample"])
+    console.print(printed(story, harmful and not unsafe))
+    if "out" in options:
+        write_text(Path(options["out"]), json.dumps(to_plain(story), indent=1))
+        print(f"written: {options['out']}")
+
+
 def _status(config: Config, verb: str, options: dict[str, str]) -> None:
     """One line a stage: done, outdated, half made or absent. Products are named from the run directory."""
     from fac_jax.pipeline import pipeline
@@ -389,7 +415,6 @@ def _merge_scans(arguments: list[str]) -> int:
     into, *folders = arguments
     if not folders or any(word.startswith("-") for word in arguments):
         raise UserError(f"`fac scan merge {' '.join(arguments)}` has too few words, or flags\n{MERGE_USAGE}")
-    from pathlib import Path
 
     from fac_jax.scan.merge import merge_scans
 
@@ -418,7 +443,6 @@ def _compare(arguments: list[str]) -> int:
     options = _take_options(rest, COMPARE)
     if len(rest) != 1 or rest[0].startswith("-"):
         raise UserError(f"`fac coverage {' '.join(arguments)}` needs one scan beside --vs: {COMPARE_USAGE} --help")
-    from pathlib import Path
 
     from fac_jax.config import CoverageConfig
     from fac_jax.coverage import compare as module
@@ -538,6 +562,10 @@ VERBS = {
     "select": Verb("existing documents that cover what is missing", ("run", "coverage", "select"), _stage),
     "finetune": Verb("a classifier with and without the synthetic samples", (*_BASE, "coverage", "finetune"), _stage),
     "report": Verb("one offline HTML page of the run", ("run",), _report),
+    "samples": Verb(
+        "`fac samples list CONFIG`, `fac samples show CONFIG SAMPLE`: what was kept, and all that proves one",
+        *(("run", "coverage"), _samples, True, ("list", "show")),
+    ),
     "status": Verb("what is done, outdated or missing in the run directory", _ALL, _status),
     "convert": Verb(
         "the backbone (a GGUF file, say) to a Hugging Face directory; with --sae, an SAE to another program's form",
@@ -578,8 +606,8 @@ OPTIONS["convert"] = {
 OPTIONS["plan"].update(
     {
         "topology": (
-            "CHIP:SHAPE: v5e:4x4, v5p:4x4x4 (64 chips), v6e:8x8, tpu7x:2x2x1 or h100:16; libtpu compiles for TPUs, "
-            "where it is installed (bash launch/plan.sh does it)"
+            "CHIP:SHAPE: v5e:4x4, v5p:4x4x4 (64 chips), v6e:8x8, tpu7x:2x2x1, h100:16, h200:8; libtpu compiles for "
+            "TPUs, where it is installed (bash launch/plan.sh does it)"
         ),
         "slices": "N: so many TPU slices of that shape, joined by the slower network (default: 1)",
         "search": "try all meshes and several batch sizes, and plan the fastest that fits",
@@ -587,7 +615,8 @@ OPTIONS["plan"].update(
         "out": "FILE: a JSON file to write",
     }
 )
-for _showing in ("run", "report"):
+OPTIONS["samples"]["out"] = "FILE: with show, a JSON file to write, texts included"
+for _showing in ("run", "report", "samples"):
     OPTIONS[_showing]["show-unsafe"] = (
         "print passages, and explanations of a task about harm, which are hidden otherwise"
     )

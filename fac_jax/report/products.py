@@ -168,7 +168,7 @@ def read_view(run_dir: Path, config: Config) -> RunView:
         synthesis=records["synthesis"].summary if "synthesis" in done else None,
         kept=_kept(done),
         evaluation=_json(done["evaluation"] / "coverage.json") if "evaluation" in done else None,
-        selection=_rows(done["selection"] / "selected.parquet") if "selection" in done else None,
+        selection=read_rows(done["selection"] / "selected.parquet") if "selection" in done else None,
         finetune=_json(done["finetune"] / "eval.json") if "finetune" in done else None,
         ledger=read_ledger(run_dir),
     )
@@ -177,7 +177,7 @@ def read_view(run_dir: Path, config: Config) -> RunView:
 def _missing(done: Mapping[str, Path], config: Config) -> list[Missing]:
     if "coverage" not in done:
         return []
-    rows = _rows(done["coverage"] / "missing.parquet")
+    rows = read_rows(done["coverage"] / "missing.parquet")
     features = [row["feature"] for row in rows]
     explained = _by_feature(done, "explanations", "explanations.parquet", features)
     judged = _by_feature(done, "relevance", "relevance.parquet", features)
@@ -201,18 +201,18 @@ def _aurocs(done: Mapping[str, Path]) -> dict[str, list[float]]:
     if "explanations" not in done:
         return {}
     names = {test: f"{test}_auroc" for test in TESTS}
-    rows = _rows(done["explanations"] / "explanations.parquet", list(names.values()))
+    rows = read_rows(done["explanations"] / "explanations.parquet", list(names.values()))
     return {test: [row[name] for row in rows if row[name] is not None] for test, name in names.items()}
 
 
 def _kept(done: Mapping[str, Path]) -> list[Kept]:
     if "synthesis" not in done:
         return []
-    rows = _rows(done["synthesis"] / "samples.parquet")
-    covers = {r["id"]: r["covers"] for r in _rows(done["synthesis"] / "candidates.parquet", ["id", "covers"])}
+    rows = read_rows(done["synthesis"] / "samples.parquet")
+    covers = {r["id"]: r["covers"] for r in read_rows(done["synthesis"] / "candidates.parquet", ["id", "covers"])}
     scanned: dict[str, str] = {}
     if "scan:kept" in done:  # the scan knows a sample by its text: its document ids are hashes of the content
-        scanned = {r["text"]: r["id"] for r in _rows(done["scan:kept"] / "documents.parquet", ["text", "id"])}
+        scanned = {r["text"]: r["id"] for r in read_rows(done["scan:kept"] / "documents.parquet", ["text", "id"])}
     of_feature = _by_feature(done, "scan:kept", "features.parquet", [row["feature"] for row in rows])
     found = []
     for row in rows:
@@ -243,11 +243,14 @@ def _by_feature(
     """Rows of a per-feature table for some features; empty when the stage has not run."""
     if stage not in done:
         return {}
-    rows = _rows(done[stage] / file, columns, filters=[("feature", "in", sorted(set(features)) or [-1])])
+    rows = read_rows(done[stage] / file, columns, filters=[("feature", "in", sorted(set(features)) or [-1])])
     return {row["feature"]: row for row in rows}
 
 
-def _rows(path: Path, columns: list[str] | None = None, filters: list[tuple[str, str, Any]] | None = None) -> list[Row]:
+def read_rows(
+    path: Path, columns: list[str] | None = None, filters: list[tuple[str, str, Any]] | None = None
+) -> list[Row]:
+    """Rows of a product's table. Raises UserError where it cannot be read."""
     try:
         return pq.read_table(path, columns=columns, filters=filters).to_pylist()
     except (OSError, ValueError) as error:

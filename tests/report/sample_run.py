@@ -17,8 +17,8 @@ from fac_jax.coverage.select import SELECTED
 from fac_jax.diversity.measure import LEXICAL, METRICS
 from fac_jax.features.explain import EXPLANATIONS
 from fac_jax.features.judge import RELEVANCE
-from fac_jax.scan.tables import DOCUMENTS, FEATURES
-from fac_jax.synthesis.synthesize import CANDIDATES, SAMPLES
+from fac_jax.scan.tables import DOCUMENTS, FEATURES, PEAKS
+from fac_jax.synthesis.synthesize import CANDIDATES, PAIRS, SAMPLES
 
 THEMES = [
     (
@@ -371,6 +371,7 @@ def _scan(folder: Path, payload: str, features: int, name: str, documents: int, 
         for i in range((features + 1) // 2)
     ]
     _table(folder / "documents.parquet", texts, DOCUMENTS)
+    _table(folder / "peaks.parquet", [], PEAKS)
     counts = {
         "documents": documents,
         "tokens": documents * 41,
@@ -517,8 +518,39 @@ def _synthesis(folder: Path, payload: str, features: int) -> None:
         for rank, place in enumerate(range(0, features, 2))
     ]
     _table(folder / "samples.parquet", kept, SAMPLES)
-    candidates = [{"id": row["id"], "covers": [row["feature"], *range(200, 200 + row["rank"])]} for row in kept]
+    written = {
+        "index": 0, "valid": True, "mended": ["took off quotes"], "finish_reason": "stop", "generator": "g",
+        "model": "m", "prompt_digest": "d", "seed": 1, "prompt_tokens": 238, "completion_tokens": 32,
+    }  # fmt: skip
+    candidates: list[dict[str, Any]] = [
+        {
+            **written, "id": row["id"], "feature": row["written_for"], "step": row["step"], "text": row["text"],
+            "raw": f'"{row["text"]}"', "kept": True, "peak": row["peak"], "best_feature": row["feature"],
+            "best_peak": row["peak"], "covers": [row["feature"], *(_feature(2 * k + 1) for k in range(row["rank"]))],
+        }
+        for row in kept
+    ]  # fmt: skip
+    left = {**written, "feature": _feature(0), "step": 1, "kept": False, "covers": []}
+    candidates += [
+        {**left, "id": f"f{_feature(0)}-s1-7", "text": "short", "valid": False, "reason": "1 words, 5 were asked for"},
+        {
+            **left, "id": f"f{_feature(0)}-s1-8", "text": "near to nothing at all, this one is", "peak": 0.2,
+            "best_feature": _feature(1), "best_peak": 0.8,
+        },
+        {
+            **left, "id": f"f{_feature(0)}-s1-9", "text": "as good as what is kept, or nearly so", "peak": 3.0,
+            "best_feature": _feature(0), "best_peak": 3.0, "covers": [_feature(0)],
+        },
+    ]  # fmt: skip
     _table(folder / "candidates.parquet", candidates, CANDIDATES)
+    pairs = [
+        {
+            "feature": feature, "about": "a" + payload, "strong": f"f{feature}-s1-1", "strong_text": f"strong{payload}",
+            "strong_peak": 4.5, "weak": f"f{feature}-s1-0", "weak_text": f"weak{payload}", "weak_peak": 0.25,
+        }
+        for feature in sorted({row["written_for"] for row in kept})
+    ]  # fmt: skip
+    _table(folder / "pairs.parquet", pairs, PAIRS)
 
 
 def _evaluation(folder: Path) -> None:
