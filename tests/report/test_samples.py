@@ -104,9 +104,7 @@ def test_text_of_a_task_about_harm_is_hidden(run: tuple[Path, Config], capsys: p
     assert json.loads(out.read_text())["text"] == sample_text(4, "")
     assert cli.main([*asked, "--show-unsafe"]) == 0
     words = capsys.readouterr().out
-    assert (
-        "cannot do this kind of work" in words and "…plain1 plain2«topic3»plain4…" in words and "hidden" not in words
-    )
+    assert "cannot do this kind of work" in words and "…plain1 plain2«topic3»plain4…" in words and "hidden" not in words
     assert cli.main(["samples", "list", str(folder / "config.yaml")]) == 0
     words = capsys.readouterr().out
     assert "12 samples kept, for 12 features missing at 1" in words and "f248-s1-0" in words and "women" not in words
