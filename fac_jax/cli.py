@@ -261,6 +261,11 @@ def _stage(config: Config, verb: str, options: dict[str, str]) -> None:
                 "fac sweep has nothing to train: say --sweep.k, --sweep.features, --sweep.variants, --sweep.layers or "
                 "--sweep.seeds"
             )
+        if verb == "finetune":
+            raise UserError(
+                f"fac finetune trains a classifier, whose AUPRC is measured; samples of task {config.judge.task!r} are "
+                "for another kind of training, which is not here yet: take them from synthesis/kept.jsonl"
+            )
         if verb == "harvest" and config.train.activations == "live":
             raise UserError(
                 "fac harvest has nothing to make: train.activations is live, so training computes its rows itself; set "

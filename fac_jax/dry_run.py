@@ -151,6 +151,9 @@ def _synthesize(config: Config, collector: _Collector, inputs: Mapping[str, Path
     plan = make_plan(config, anchor, seed, inputs)
     jobs = contrast.jobs(plan.step1, plan.targets, plan.settings.candidates, plan.sampling)
     collector.later = len(plan.targets) * plan.settings.second_step
+    if plan.answer is not None:  # instructions that are kept, and as many drawn blindly, are answered
+        most = min(len(jobs) + collector.later, len(plan.missing) * plan.settings.keep_per_feature)
+        collector.later += most + min(most, len(jobs))
     write_all(jobs, collector, folder / "generations.jsonl")
 
 

@@ -80,11 +80,12 @@ def pipeline(config: Config) -> dict[str, Stage]:
             *("selection", "selection", "select", select, partial(_selection_settings, config)),
             _selection_inputs(config),
         ),
-        Stage(
+    ]
+    if trains_classifier(config):
+        stages.append(Stage(
             *("finetune", "finetune", "finetune", finetune, lambda: {"finetune": config.finetune}),
             (anchor, seed, f"scan:{config.finetune.heldout}", "scan:kept", "scan:random"),
-        ),
-    ]
+        ))  # fmt: skip
     if config.sweep != SweepConfig() and config.scan.sae is None:
         asked, made = partial(_sweep_settings, config), _store_input(config)
         stages.append(Stage("sweep", "sweep", "sweep", sweep, asked, made, distributed=True, on_request=True))
@@ -93,9 +94,16 @@ def pipeline(config: Config) -> dict[str, Stage]:
     return {stage.name: stage for stage in stages}
 
 
+def trains_classifier(config: Config) -> bool:
+    """Whether the task is measured by what `fac finetune` trains. Raises UserError for a task that is none."""
+    return load_task(config.judge.task).description.metric == "auprc"
+
+
 def scanned(config: Config) -> list[str]:
     """The data sets of the config that a run scans."""
-    names = [config.coverage.anchor, config.coverage.seed, config.finetune.heldout]
+    names = [config.coverage.anchor, config.coverage.seed]
+    if trains_classifier(config):
+        names.append(config.finetune.heldout)
     if (picked_from := config.select.source) is not None and picked_from not in WRITTEN:
         config.dataset(picked_from)  # unknown, it would be missed as a scan that is not made
         names.append(picked_from)

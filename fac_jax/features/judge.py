@@ -65,6 +65,7 @@ def judge(config: Config, out: Path, inputs: Mapping[str, Path]) -> dict[str, An
         "method": "embedded" if config.llm.url is None else "llm",
         "task": task.name,
         "harmful": task.description.harmful,
+        "metric": task.description.metric,
         "features": len(rows),
         "judged": counts["judged"],
         "not_judged": counts["not judged"],

@@ -26,8 +26,8 @@ FOLDER = Path(__file__).parent / "tasks"
 SHARED = FOLDER / "shared"
 FALL_BACK = ("explain", "judge", "verify")
 """Prompts that `tasks/shared` has for tasks that lack them."""
-OWN = ("contrast", "cover")
-"""Prompts that only the task can give: they say what a sample is."""
+OWN = ("contrast", "cover", "answer")
+"""Prompts that only the task can give: they say what a sample is. `answer` is for instructions."""
 MEASURED = {
     "user turns": "auprc", "preference pair": "preference accuracy", "two choices": "robust accuracy",
     "instruction and answer": "win rate",
@@ -37,12 +37,15 @@ MEASURED = {
 
 @dataclass(frozen=True)
 class SampleShape:
-    """What one synthetic sample of user turns must look like."""
+    """How large one synthetic sample must be; `synthesis/forms.py` says what it is made of."""
 
     min_turns: int
     max_turns: int
+    """Turns of the person."""
     min_words: int
     max_words: int
+    """Of user turns all together, of an instruction, of a question (a choice may have less), of an answer (a turn of
+    the conversation before it may have less)."""
     label: float
     """Label that every sample carries."""
 
@@ -70,11 +73,11 @@ class Description:
     """What a synthetic sample is."""
     metric: Literal["auprc", "preference accuracy", "robust accuracy", "win rate"]
     """What is measured downstream."""
+    sample: SampleShape
+    """How many turns and words it may have."""
     harmful: bool = False
     """Whether what the task looks for does harm. Reports then blur explanations, as they do passages, and the terminal
     shows neither unless it is asked to."""
-    sample: SampleShape | None = None
-    """For user turns: how many and how long."""
 
     def __post_init__(self) -> None:
         if len(self.labels) < 2 or len(set(self.labels)) < len(self.labels) or not all(self.labels):
@@ -83,9 +86,6 @@ class Description:
             raise UserError(f"title is {self.title!r} and positive {self.positive!r}; neither may be empty")
         if self.metric != MEASURED[self.form]:
             raise UserError(f"metric is {self.metric!r}; with the form {self.form!r} it is {MEASURED[self.form]!r}")
-        if (self.sample is not None) != (self.form == "user turns"):
-            there = "has no key" if self.sample is None else "has the key"
-            raise UserError(f"{there} 'sample', and the form is {self.form!r}; it goes with 'user turns' and no other")
 
 
 @dataclass(frozen=True)
@@ -105,16 +105,6 @@ class Task:
         if name not in self.prompts:
             raise UserError(f"task {self.name!r} has no prompt {name}.txt; it has: {', '.join(sorted(self.prompts))}")
         return self.prompts[name]
-
-    @property
-    def sample(self) -> SampleShape:
-        """What to synthesize. Raises UserError for a form that cannot be written yet."""
-        if self.description.sample is None:
-            raise UserError(
-                f"samples of task {self.name!r} have the form {self.description.form!r}, which cannot be written "
-                "yet ('user turns' can); explain, judge, coverage, select and report work for this task"
-            )
-        return self.description.sample
 
 
 def task_names() -> list[str]:

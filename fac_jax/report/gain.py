@@ -100,6 +100,9 @@ def _few(features: Sequence[int], shown: int) -> str:
 def classifier(view: RunView) -> Section:
     """The downstream check: does training with the kept samples rank held-out documents better?"""
     title, short = "Does it help a classifier?", "Classifier"
+    if (metric := view.summary("relevance").get("metric", "auprc")) != "auprc":
+        said = f"Samples of this task are for training that is measured by {metric}, which is not here yet."
+        return Section("classifier", short, title, tag("p", said, class_="absent"))
     if view.finetune is None:
         return Section("classifier", short, title, absent("A classifier", "fac finetune CONFIG"))
     base, seeds = view.finetune["heldout"]["base_rate"], view.finetune["head"]["seeds"]

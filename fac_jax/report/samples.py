@@ -8,6 +8,7 @@ shown only to who asks for it.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -150,6 +151,8 @@ def printed(story: Story, harmful: bool) -> RenderableType:
         return HIDDEN if harmful else f"“{text}”" if text else "no explanation"
 
     line("text", safe(story.text))
+    for name, value in json.loads(story.reply["fields"] or "{}").items():
+        line(f"  {name}", safe(value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)))
     line("outcome", story.outcome)
     if (one := story.kept_for) is not None:
         line("kept for", f"feature {one.feature}: {safe(one.about)}")

@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 from jaxtyping import Int
 
 from fac_jax.config import Config, SynthesizeConfig
-from fac_jax.features.task import SampleShape, load_task
+from fac_jax.features.task import Description, SampleShape, load_task
 from fac_jax.scan.product import Scan
 from fac_jax.synthesis.contrast import Target
 from fac_jax.synthesis.generations import Sampling
@@ -48,7 +48,10 @@ class Plan:
     """Normalised anchor and seed texts, which no sample may copy."""
     step1: Prompt
     step2: Prompt
-    shape: SampleShape
+    description: Description
+    """Of the task: what a sample is."""
+    answer: str | None
+    """What the writer is told before an instruction that it answers; None where samples are no instructions."""
     settings: SynthesizeConfig
     threshold: float
     seed: int
@@ -72,17 +75,17 @@ class Plan:
 def make_plan(config: Config, anchor: Scan, seed: Scan, inputs: Mapping[str, Path]) -> Plan:
     """Read what is missing, what it is about and what shows it."""
     task = load_task(config.judge.task)
-    shape = task.sample
     missing = pq.read_table(inputs["coverage"] / "missing.parquet", columns=["feature", "anchor_peak"]).to_pylist()
     missing.sort(key=lambda row: (-row["anchor_peak"], row["feature"]))
     features = [row["feature"] for row in missing]
     texts = anchor.documents("text")["text"].to_pylist()
     return Plan(
-        missing=read_targets(features, anchor, texts, inputs["explanations"], shape),
+        missing=read_targets(features, anchor, texts, inputs["explanations"], task.description.sample),
         known=frozenset(normalised(text) for text in (*texts, *seed.documents("text")["text"].to_pylist())),
         step1=load_prompt(task, "contrast"),
         step2=load_prompt(task, "cover"),
-        shape=shape,
+        description=task.description,
+        answer=task.prompt("answer") if task.description.form == "instruction and answer" else None,
         settings=config.synthesize,
         threshold=config.coverage.threshold,
         seed=config.run.seed,
@@ -104,7 +107,10 @@ def read_targets(
     targets = []
     for feature, shown in zip(features, spans, strict=True):
         shown.sort(key=lambda span: positive_n[span["document"]] != (shape.label > POSITIVE_ABOVE))
-        examples = [Example(_example_text(span, texts[span["document"]]), span["score"]) for span in shown[:EXAMPLES]]
+        examples = [
+            Example(_example_text(span, texts[span["document"]]), span["score"], anchor=True)
+            for span in shown[:EXAMPLES]
+        ]
         targets.append(Target(feature, about(explained.get(feature, {}), shown), tuple(examples)))
     return tuple(targets)
 

@@ -1,9 +1,9 @@
 """A writer's raw text to a sample, or to the reason why it is none.
 
-A sample is what the task's `sample` shape says: for toxicity one block of user turns, one to three lines, 5 to 60
-words, and never an answer. The text is untrusted: it is read strictly, and what may be mended (wrapping quotes, a
-number or a speaker's name in front, an unfinished last sentence) is mended and noted. Nothing is dropped: a text that
-fails keeps its reason. Reads and writes no file.
+A sample is what the task's `form` and `sample` say: for toxicity one block of user turns, one to three lines, 5 to 60
+words, and never an answer; `forms.py` reads the other forms. The text is untrusted: it is read strictly, and what may
+be mended (wrapping quotes, a number or a speaker's name in front, an unfinished last sentence) is mended and noted.
+Nothing is dropped: a text that fails keeps its reason. Reads and writes no file.
 """
 
 from __future__ import annotations
@@ -13,9 +13,10 @@ import re
 import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 from fac_jax.features.task import SampleShape
+from fac_jax.synthesis.forms import READERS, Fields
 
 NEAR_DUPLICATE = 0.7
 """Two texts with this share of common three-word runs (Jaccard) are one."""
@@ -29,6 +30,7 @@ _NUMBER = re.compile(r"(?:\d{1,2}[.)]|[-*•])\s+")
 _USER = re.compile(r"(?:user|human|me|message|text|query)\s*:\s*", re.IGNORECASE)
 _ANSWERER = re.compile(r"(?:assistant|ai|bot|chatbot|answer|response|reply|a)\s*:", re.IGNORECASE)
 _TEMPLATE = re.compile(r"<\|.*?\|>|</?s>|\[/?INST\]|<start_of_turn>|<end_of_turn>")
+_FENCE = re.compile(r"```\w*\n(.*)\n```", re.DOTALL)
 _SENTENCE_END = re.compile(r"[.!?…][\"')\]”’]*(?=\s|$)")
 # How a model talks when it answers, refuses, or presents its work, instead of writing what a user would.
 _ASSISTANT_VOICE = re.compile(
@@ -54,19 +56,30 @@ class Sample:
     """A text as it would be kept."""
 
     text: str
-    """Turns, one a line."""
+    """What is measured: of user turns one a line."""
     mended: tuple[str, ...]
     """What was done to the raw text, in order."""
     reason: str | None
     """Why it is no sample; None when it is one."""
+    lines: str | None = None
+    """As a prompt shows it, where that is not the text."""
+    fields: Fields = field(default_factory=dict)
+    """What forms other than user turns consist of."""
+
+    @property
+    def shown(self) -> str:
+        """As a prompt shows it."""
+        return self.text if self.lines is None else self.lines
 
     def rejected(self, reason: str) -> Sample:
         """The same text, no sample any more."""
-        return Sample(self.text, self.mended, reason)
+        return replace(self, reason=reason)
 
 
-def read_sample(raw: str, finish_reason: str, shape: SampleShape) -> Sample:
+def read_sample(raw: str, finish_reason: str, shape: SampleShape, form: str = "user turns") -> Sample:
     """Mend what may be mended, then judge the structure. The first thing that is wrong is the reason."""
+    if form != "user turns":
+        return _read_form(raw, finish_reason, shape, form)
     lines, mended = _mend(raw.replace("\r\n", "\n").replace("’", "'"))
     reason = _list_or_answer(lines)
     if reason is None and finish_reason not in ("stop", "length"):
@@ -79,6 +92,24 @@ def read_sample(raw: str, finish_reason: str, shape: SampleShape) -> Sample:
             return Sample("\n".join(lines), tuple(mended[:-1]), "cut off before a sentence ended")
         lines = kept or lines
     return Sample("\n".join(lines), tuple(mended), reason or _misfit(lines, shape))
+
+
+def _read_form(raw: str, finish_reason: str, shape: SampleShape, form: str) -> Sample:
+    stripped = raw.replace("\r\n", "\n").replace("’", "'").strip()
+    fenced = _FENCE.fullmatch(stripped)
+    lines = [line.strip() for line in (fenced[1] if fenced else stripped).split("\n") if line.strip()]
+    mended = ("took off a fence",) if fenced else ()
+    reason = None
+    if not lines:
+        reason = "empty"
+    elif any(_TEMPLATE.search(line) for line in lines):
+        reason = "holds marks of a chat template"
+    elif finish_reason != "stop":
+        reason = "cut off before it ended" if finish_reason == "length" else f"the writer ended with {finish_reason!r}"
+    if reason is not None:
+        return Sample("\n".join(lines), mended, reason)
+    found = READERS[form](lines, shape)
+    return Sample(found.text, mended, found.reason, found.written, found.fields)
 
 
 def normalised(text: str) -> str:

@@ -7,6 +7,7 @@ Reads the SAE, the anchor's and the seed's scans, the explanations and `missing.
 - `pairs.parquet`: the contrastive pair of each feature that was written for, or why it has none;
 - `samples.parquet`: what is kept, most useful first, each with the feature and the activation that it is kept for;
 - `kept.jsonl`, `random.jsonl`: data sets of equally many samples, the second drawn blindly from step 1's valid ones.
+  `text` is what was measured; beside it stand the fields that samples of other forms than user turns consist of.
 All of them may be empty: a writer that fails is recorded as one.
 """
 
@@ -14,7 +15,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,6 @@ import pyarrow.parquet as pq
 from scipy.sparse import csr_array, vstack
 
 from fac_jax.config import Config
-from fac_jax.features.task import SampleShape
 from fac_jax.llm.client import Generator, open_generator
 from fac_jax.mesh import make_mesh
 from fac_jax.runs import write_text, writing
@@ -33,10 +33,13 @@ from fac_jax.scan.scorer import Score, open_scorer
 from fac_jax.synthesis import contrast, cover
 from fac_jax.synthesis.contrast import Pair
 from fac_jax.synthesis.cover import Kept
+from fac_jax.synthesis.forms import answer_misfit
 from fac_jax.synthesis.generations import Generation, Job, settle_log, write_all
 from fac_jax.synthesis.plan import Plan, make_plan
 from fac_jax.synthesis.samples import Sample, read_sample, reasons, without_copies
 
+ANSWER = 3
+"""The step in which instructions are answered."""
 CANDIDATES = pa.schema(
     {
         "id": pa.string(), "feature": pa.int32(), "step": pa.int32(), "index": pa.int32(), "text": pa.string(),
@@ -44,6 +47,7 @@ CANDIDATES = pa.schema(
         "best_feature": pa.int32(), "best_peak": pa.float32(), "covers": pa.list_(pa.int32()), "kept": pa.bool_(),
         "raw": pa.string(), "finish_reason": pa.string(), "prompt_digest": pa.string(), "seed": pa.int64(),
         "generator": pa.string(), "model": pa.string(), "prompt_tokens": pa.int64(), "completion_tokens": pa.int64(),
+        "fields": pa.string(),
     }
 )  # fmt: skip
 PAIRS = pa.schema(
@@ -101,18 +105,21 @@ def write_samples(plan: Plan, generator: Generator, score: Score, out: Path) -> 
     written_for = np.array([first.jobs[row].feature for row in valid], np.int64)
     features = [target.feature for target in plan.targets]
     pairs = contrast.pairs(features, first.peaks_nf[valid], written_for, plan.threshold)
-    texts = [first.samples[row].text for row in valid]
+    texts = [first.samples[row].shown for row in valid]
     by_feature = {pair.feature: pair for pair in pairs}
     jobs = cover.jobs(plan.step2, plan.targets, by_feature, texts, plan.settings.second_step, plan.sampling)
     earlier = [(first.jobs[row].id, first.samples[row].text) for row in valid]
     second = _step(plan, jobs, generator, score, log, earlier)
     every = first.plus(second)
-    settle_log(log, every.generations)
-    kept = cover.assign(every.peaks_nf, plan.features, plan.threshold, plan.settings.keep_per_feature)
+    kept, answers = _chosen(plan, every, generator, log)
     drawn = _draw(valid, len(kept), plan.seed)
+    more, rejected = _answer(plan, every, drawn, generator, log)
+    drawn = [row for row in drawn if row not in rejected]
+    settle_log(log, [*every.generations, *{one.key: one for one in (*answers, *more)}.values()])
     _write_tables(out, plan, every, pairs, valid, kept)
-    _write_data_set(out / "kept.jsonl", every, {one.row: one.feature for one in kept}, plan.shape)
-    _write_data_set(out / "random.jsonl", every, {row: every.jobs[row].feature for row in drawn}, plan.shape)
+    label = plan.description.sample.label
+    _write_data_set(out / "kept.jsonl", every, {one.row: one.feature for one in kept}, label)
+    _write_data_set(out / "random.jsonl", every, {row: every.jobs[row].feature for row in drawn}, label)
     return _summary(plan, generator.name, first, second, pairs, kept, len(drawn))
 
 
@@ -120,13 +127,55 @@ def _step(
     plan: Plan, jobs: list[Job], generator: Generator, score: Score, log: Path, earlier: Sequence[tuple[str, str]]
 ) -> Step:
     generations = write_all(jobs, generator, log)
-    read = [read_sample(one.text, one.finish_reason, plan.shape) for one in generations]
+    what = plan.description
+    read = [read_sample(one.text, one.finish_reason, what.sample, what.form) for one in generations]
     shown = [[m["content"] for m in job.request.messages if m["role"] == "assistant"] for job in jobs]
     samples = without_copies(read, [job.id for job in jobs], plan.known, shown, earlier)
     rows = np.array([row for row, sample in enumerate(samples) if sample.reason is None], np.int64)
     scored = score([samples[row].text for row in rows]).tocoo()
     peaks_nf = csr_array((scored.data, (rows[scored.row], scored.col)), shape=(len(jobs), scored.shape[1]))
     return Step(jobs, generations, samples, peaks_nf)
+
+
+def _chosen(plan: Plan, every: Step, generator: Generator, log: Path) -> tuple[list[Kept], list[Generation]]:
+    """What is kept, and every answer that was written. Of instructions only those are kept that were answered as they
+    should be: another one takes the place of what was not."""
+    written: list[Generation] = []
+    while True:
+        kept = cover.assign(every.peaks_nf, plan.features, plan.threshold, plan.settings.keep_per_feature)
+        answers, rejected = _answer(plan, every, [one.row for one in kept], generator, log)
+        written += answers
+        if not rejected:
+            return kept, written
+        for row in rejected:
+            every.peaks_nf.data[slice(*every.peaks_nf.indptr[row : row + 2])] = 0
+
+
+def _answer(
+    plan: Plan, every: Step, rows: Sequence[int], generator: Generator, log: Path
+) -> tuple[list[Generation], set[int]]:
+    """Let the writer answer these instructions; in `every` they get their answers, or the reason why they have none.
+
+    Returns what it wrote, and the rows that are no samples any more. Asks nothing where samples are no instructions.
+    """
+    if plan.answer is None:
+        return [], set()
+    jobs = [
+        plan.sampling.job(
+            every.jobs[row].feature, ANSWER, row,
+            ({"role": "system", "content": plan.answer}, {"role": "user", "content": every.samples[row].text}),
+        )
+        for row in rows
+    ]  # fmt: skip
+    answers, rejected = write_all(jobs, generator, log), set()
+    for row, answer in zip(rows, answers, strict=True):
+        sample = every.samples[row]
+        if (reason := answer_misfit(answer.text, answer.finish_reason)) is None:
+            every.samples[row] = replace(sample, fields={**sample.fields, "answer": answer.text.strip()})
+        else:
+            every.samples[row] = sample.rejected(reason)
+            rejected.add(row)
+    return answers, rejected
 
 
 def _draw(valid: Sequence[int], count: int, seed: int) -> list[int]:
@@ -165,6 +214,7 @@ def _candidate_rows(plan: Plan, every: Step, kept: set[int]) -> list[dict[str, A
             "finish_reason": generation.finish_reason, "prompt_digest": generation.prompt_digest,
             "seed": generation.seed, "generator": generation.generator, "model": generation.model,
             "prompt_tokens": generation.prompt_tokens, "completion_tokens": generation.completion_tokens,
+            "fields": json.dumps(sample.fields, ensure_ascii=False) if sample.fields else None,
         })  # fmt: skip
     return rows
 
@@ -194,12 +244,12 @@ def _sample_rows(every: Step, kept: Sequence[Kept], abouts: Mapping[int, str]) -
     ]  # fmt: skip
 
 
-def _write_data_set(path: Path, every: Step, features: Mapping[int, int], shape: SampleShape) -> None:
+def _write_data_set(path: Path, every: Step, features: Mapping[int, int], label: float) -> None:
     """One line per chosen row, as `text.read_documents` takes it, with what it came from."""
     lines = [
         {
-            "id": every.jobs[row].id, "text": every.samples[row].text, "label": shape.label, "feature": feature,
-            "step": every.jobs[row].step, "generator": every.generations[row].generator,
+            "id": every.jobs[row].id, "text": every.samples[row].text, "label": label, "feature": feature,
+            **every.samples[row].fields, "step": every.jobs[row].step, "generator": every.generations[row].generator,
             "prompt_digest": every.generations[row].prompt_digest, "seed": every.generations[row].seed,
         }
         for row, feature in features.items()

@@ -92,7 +92,8 @@ def test_the_stage_with_a_server(make_scan: Make, tmp_path: Path, asked: Config)
     summary = judge(asked, tmp_path, {"scan:anchor": scan.folder, "explanations": tmp_path})
     one = {"features": 1, "same_label": 1.0, "same_relevance": 1.0, "kappa": None, "kappa_linear": None}
     assert summary == {
-        "method": "llm", "task": "toxicity", "harmful": True, "features": 4, "judged": 1, "not_judged": 2, "failed": 1,
+        "method": "llm", "task": "toxicity", "harmful": True, "metric": "auprc",
+        "features": 4, "judged": 1, "not_judged": 2, "failed": 1,
         "relevant": 1,
         "labels": {"Probably": 1}, "passes": 2, "disagreed": 0, "agreement": one, "spans_shown": 8, "suspect_spans": 0,
     }  # fmt: skip

@@ -521,6 +521,7 @@ def _synthesis(folder: Path, payload: str, features: int) -> None:
     written = {
         "index": 0, "valid": True, "mended": ["took off quotes"], "finish_reason": "stop", "generator": "g",
         "model": "m", "prompt_digest": "d", "seed": 1, "prompt_tokens": 238, "completion_tokens": 32,
+        "fields": json.dumps({"matches": "B"}),
     }  # fmt: skip
     candidates: list[dict[str, Any]] = [
         {

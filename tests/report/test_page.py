@@ -104,6 +104,13 @@ def test_explanations_are_veiled_where_the_task_is_about_harm(view: RunView) -> 
         assert all((("label", "veil") in around) == veiled for around in named)
 
 
+def test_a_task_that_trains_no_classifier_says_so(view: RunView) -> None:
+    record = view.records["relevance"]
+    other = dataclasses.replace(record, summary={**record.summary, "metric": "win rate"})
+    words = Reader(page(dataclasses.replace(view, records={**view.records, record.stage: other}, finetune=None))).text()
+    assert "measured by win rate, which is not here yet" in words and "fac finetune" not in words
+
+
 def test_scores_of_explanations(view: RunView) -> None:
     words = Reader(page(view)).text()
     for expected in (

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 from pathlib import Path
 
 import pyarrow as pa
@@ -75,6 +76,7 @@ def test_step_two_shows_its_pair(run: tuple[Path, Config]) -> None:
     assert found.pair is not None and found.written_for == 174
     assert (found.pair["strong"], found.pair["weak_peak"]) == ("f174-s1-1", 0.25)
     words = said(samples.printed(found, harmful=False))
+    assert re.search(r"  matches +“B”", words), "what it consists of"
     assert "f174-s1-1, peak 4.50: “strong”" in words and "f174-s1-0, peak 0.25: “weak”" in words
     assert "; `fac evaluate` finds the token" in words, "the scan does not hold it"
 

@@ -13,8 +13,9 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from fac_jax.config import Config, DataSet, LlmConfig, RunConfig, Source
+from fac_jax.config import Config, DataSet, JudgeConfig, LlmConfig, RunConfig, Source
 from fac_jax.errors import UserError
+from fac_jax.features.task import load_task
 from fac_jax.llm.client import OnReply, Reply, Request
 from fac_jax.llm.fake import BROKEN, GOOD, FakeGenerator, FakeServer
 from fac_jax.scan import scorer
@@ -87,6 +88,77 @@ def test_the_data_sets_are_read_like_any_other(toy: Toy, monkeypatch: pytest.Mon
     )
     if name == "random":
         assert all(row["step"] == 1 for row in rows)
+
+
+def in_form(form: str) -> Callable[[Request], str]:
+    """Writes samples of a form about what it is asked, and answers instructions."""
+
+    def write(request: Request) -> str:
+        asked = request.messages[-1]["content"]
+        if len(request.messages) == 2:  # an instruction to answer, alone after the system's turn
+            return f"**About** {asked}"
+        about = next(word for word in TOPICS if f"Topic: {word}" in asked)
+        draw = request.seed % 1_000_000
+        said, other = message(about, draw), message("ropes", draw + 1)
+        if form == "two choices":
+            return f"{said} and so on ?\n(A) {other}\n(B) not {other}\nMatches: (B)"
+        if form == "preference pair":
+            return f"Person: {said}\nBetter: {other}\nWorse: {other} not"
+        return said
+
+    return write
+
+
+@pytest.mark.parametrize("task", ["helpfulness", "instruction_following", "survival", "sycophancy"])
+def test_every_task_has_its_samples_written(toy: Toy, monkeypatch: pytest.MonkeyPatch, task: str):
+    """Measured like any text, proved by the feature that they are kept for, and whole in the data set."""
+    form = load_task(task).description.form
+    toy = dataclasses.replace(toy, config=dataclasses.replace(toy.config, judge=JudgeConfig(task=task)))
+    summary, generator = run(toy, in_form(form), monkeypatch)
+    assert summary["step1"]["valid"] == 14 and summary["target_hit_rate"] == 1.0 and summary["kept"] == 7
+    texts = {row["id"]: row["text"] for row in table(toy, "samples")}
+    fields = {
+        "two choices": {"question", "choice_a", "choice_b", "matches"},
+        "preference pair": {"prompt", "chosen", "rejected"},
+        "instruction and answer": {"instruction", "answer"},
+    }[form]
+    for name in ("kept.jsonl", "random.jsonl"):
+        rows = lines(toy, name)
+        assert len(rows) == 7 and all(set(row) > fields and row["label"] == 1 for row in rows)
+    for row in lines(toy, "kept.jsonl"):
+        assert row["text"] == texts[row["id"]]
+        if form == "instruction and answer":
+            assert row["answer"] == f"**About** {row['instruction']}"
+    steps = [row["step"] for row in lines(toy, "generations.jsonl")]
+    assert steps == sorted(steps) and (3 in steps) == (form == "instruction and answer")
+    shown = [m["content"] for m in generator.requests[-1 if 3 not in steps else -len(steps)].messages]
+    assert any("Texts about it" in content and "[" in content for content in shown) or 3 in steps
+
+
+def test_an_instruction_without_an_answer_makes_room_for_another(toy: Toy, monkeypatch: pytest.MonkeyPatch):
+    """It is rejected with its reason, and what it covered is covered by another, if there is one."""
+    toy = dataclasses.replace(
+        toy, config=dataclasses.replace(toy.config, judge=JudgeConfig(task="instruction_following"))
+    )
+    run(toy, in_form("instruction and answer"), monkeypatch)
+    first = lines(toy, "kept.jsonl")[0]
+    for file in toy.out.iterdir():
+        file.unlink()
+
+    def write(request: Request) -> str | Reply:
+        if request.messages[-1]["content"] == first["instruction"]:
+            return "I'm sorry, but I cannot help with that."
+        return in_form("instruction and answer")(request)
+
+    summary, _ = run(toy, write, monkeypatch)
+    rejected = [row for row in table(toy, "candidates") if row["reason"] == "the answer is a refusal"]
+    assert [row["id"] for row in rejected] == [first["id"]] and not rejected[0]["kept"]
+    kept = lines(toy, "kept.jsonl")
+    assert first["id"] not in {row["id"] for row in kept} and all("answer" in row for row in kept)
+    assert {row["feature"] for row in kept} == set(map(feature, MISSING)), "its feature has other candidates"
+    before = fingerprints(toy)
+    again, generator = run(toy, write, monkeypatch)
+    assert again == summary and fingerprints(toy) == before and generator.requests == []
 
 
 def test_candidates_written_for_other_features_count(toy: Toy, monkeypatch: pytest.MonkeyPatch):
