@@ -169,9 +169,14 @@ def read_view(run_dir: Path, config: Config) -> RunView:
         kept=_kept(done),
         evaluation=_json(done["evaluation"] / "coverage.json") if "evaluation" in done else None,
         selection=read_rows(done["selection"] / "selected.parquet") if "selection" in done else None,
-        finetune=_json(done["finetune"] / "eval.json") if "finetune" in done else None,
+        finetune=_json(done["finetune"] / "eval.json") if "finetune" in done and _classifies(records) else None,
         ledger=read_ledger(run_dir),
     )
+
+
+def _classifies(records: Mapping[str, Record]) -> bool:
+    """Whether the task is one that a classifier is trained for; its product may be left from another task."""
+    return "relevance" not in records or records["relevance"].summary.get("metric", "auprc") == "auprc"
 
 
 def _missing(done: Mapping[str, Path], config: Config) -> list[Missing]:

@@ -1,5 +1,6 @@
 """What is read from a run directory, whole, partial and damaged."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -29,6 +30,15 @@ def test_a_stage_that_has_not_run_is_absent(tmp_path: Path) -> None:
     assert partial.coverage is not None and len(partial.missing) == 23
     assert partial.missing[0].kept_peak is None
     assert (partial.synthesis, partial.evaluation, partial.finetune, partial.selection) == (None, None, None, None)
+
+
+def test_a_classifier_of_another_task_is_not_shown(tmp_path: Path) -> None:
+    config = write_run(tmp_path / "run")
+    record = tmp_path / "run/relevance/stage.json"
+    written = json.loads(record.read_text())
+    written["summary"]["metric"] = "win rate"
+    record.write_text(json.dumps(written))
+    assert read_view(tmp_path / "run", config).finetune is None
 
 
 def test_a_product_without_a_record_is_not_read(tmp_path: Path) -> None:
