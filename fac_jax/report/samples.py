@@ -129,7 +129,7 @@ def listing(run_dir: Path, config: Config, unsafe: bool) -> RenderableType:
     rows = read_rows(run_dir / "synthesis" / "samples.parquet")
     for row, one in zip(rows, view.kept, strict=True):
         cells = [row["id"], str(one.feature), f"{one.peak:.2f}", str(len(row["adds"])), str(1 + len(one.covers))]
-        text = [] if hidden else [Text(visible(one.text), overflow="ellipsis", no_wrap=True)]
+        text = [] if hidden else [Text(visible(" ".join(one.text.split())), overflow="ellipsis", no_wrap=True)]
         table.add_row(*cells, str(one.step), *text)
     title = (
         f"{len(rows)} samples kept, for {len({row['feature'] for row in rows})} features missing at {view.threshold:g}"
