@@ -118,8 +118,8 @@ class RunView:
 
     @property
     def task(self) -> str:
-        """Name of the task."""
-        return self.config.judge.task
+        """Name of the task; of one's own, that of its folder."""
+        return self.summary("relevance").get("task", self.config.judge.task)
 
     @property
     def harmful(self) -> bool:

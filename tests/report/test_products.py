@@ -1,10 +1,12 @@
 """What is read from a run directory, whole, partial and damaged."""
 
+import dataclasses
 import json
 from pathlib import Path
 
 import pytest
 
+from fac_jax.config import JudgeConfig
 from fac_jax.errors import UserError
 from fac_jax.report.products import RunView, read_view
 from tests.report.sample_run import write_run
@@ -38,7 +40,8 @@ def test_a_classifier_of_another_task_is_not_shown(tmp_path: Path) -> None:
     written = json.loads(record.read_text())
     written["summary"]["metric"] = "win rate"
     record.write_text(json.dumps(written))
-    assert read_view(tmp_path / "run", config).finetune is None
+    view = read_view(tmp_path / "run", dataclasses.replace(config, judge=JudgeConfig(task="/tasks/./mine/")))
+    assert view.finetune is None and view.task == "toxicity", "the task that features were judged for, by its name"
 
 
 def test_a_product_without_a_record_is_not_read(tmp_path: Path) -> None:
