@@ -10,7 +10,7 @@ import pytest
 from rich.console import Console
 
 from fac_jax import dry_run
-from fac_jax.config import Config, LlmConfig, RunConfig, load_config
+from fac_jax.config import Config, JudgeConfig, LlmConfig, RunConfig, load_config
 from fac_jax.dry_run import estimate, estimates, table
 from fac_jax.errors import UserError
 from fac_jax.llm.cache import open_cache
@@ -35,11 +35,14 @@ def files(folder: Path) -> dict[str, bytes]:
     return {str(path): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-def test_synthesis_asks_what_was_foretold(toy: Toy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("task", ["toxicity", "instruction_following"])  # the second's samples are answered as well
+def test_synthesis_asks_what_was_foretold(toy: Toy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, task: str) -> None:
     monkeypatch.setenv("FAC_JAX_CACHE", str(tmp_path / "cache"))
     with FakeServer(write=write) as server:
         llm = LlmConfig(url=server.url, price_in=1.0, price_out=2.0)
-        config = dataclasses.replace(toy.config, llm=llm, run=RunConfig(dir=str(tmp_path / "run")))
+        config = dataclasses.replace(
+            toy.config, llm=llm, run=RunConfig(dir=str(tmp_path / "run")), judge=JudgeConfig(task=task)
+        )
         cache = open_cache()
         before = files(tmp_path)
         found = estimate(config, "synthesis", toy.out, toy.inputs, cache)
