@@ -535,7 +535,9 @@ class SynthesizeConfig:
     max_features: int | None = None
     """Missing features that are written for, those with the highest anchor peaks first; by default all."""
     candidates: int = 4
-    """Step 1: candidates per missing feature."""
+    """Step 1: candidates per missing feature and attempt."""
+    attempts: int = 1
+    """Step 1: attempts at most, each for the features that no candidate has activated yet; those left are exhausted."""
     second_step: int = 4
     """Step 2: candidates per missing feature, from its contrastive pair."""
     keep_per_feature: int = 1
@@ -548,7 +550,7 @@ class SynthesizeConfig:
     """Tokens a candidate may take (paper: 900)."""
 
     def __post_init__(self) -> None:
-        least = {"candidates": 1, "second_step": 0, "keep_per_feature": 1, "max_new_tokens": 8}
+        least = {"candidates": 1, "attempts": 1, "second_step": 0, "keep_per_feature": 1, "max_new_tokens": 8}
         for name, floor in least.items():
             check(
                 getattr(self, name) >= floor, f"synthesize.{name} is {getattr(self, name)}; it must be at least {floor}"

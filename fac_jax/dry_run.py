@@ -150,7 +150,8 @@ def _synthesize(config: Config, collector: _Collector, inputs: Mapping[str, Path
     anchor, seed = load_scans(inputs[f"scan:{config.coverage.anchor}"], inputs[f"scan:{config.coverage.seed}"])
     plan = make_plan(config, anchor, seed, inputs)
     jobs = contrast.jobs(plan.step1, plan.targets, plan.settings.candidates, plan.sampling)
-    collector.later = len(plan.targets) * plan.settings.second_step
+    retried = plan.settings.candidates * (plan.settings.attempts - 1)
+    collector.later = len(plan.targets) * (retried + plan.settings.second_step)
     if plan.answer is not None:  # instructions that are kept, and as many drawn blindly, are answered
         most = min(len(jobs) + collector.later, len(plan.missing) * plan.settings.keep_per_feature)
         collector.later += most + min(most, len(jobs))

@@ -65,6 +65,8 @@ def _funnel(synthesis: Row) -> Html:
         f"{synthesis['written_for']:,} of {synthesis['missing']:,} missing features were written for; "
         f"{synthesis['pairs']:,} of these gave a contrastive pair"
     )
+    if exhausted := synthesis.get("exhausted"):  # older products do not say
+        caption += f", {exhausted:,} no candidate that activates them"
     columns = numbers("Written", "Valid", "Features hit by their own", "Missing features hit so far")
     return table([*texts("Step", "Rejected"), *columns], rows, caption)
 

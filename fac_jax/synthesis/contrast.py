@@ -49,12 +49,12 @@ class Pair:
     reason: str | None
 
 
-def jobs(prompt: Prompt, targets: Sequence[Target], candidates: int, sampling: Sampling) -> list[Job]:
-    """`candidates` jobs for each target."""
+def jobs(prompt: Prompt, targets: Sequence[Target], candidates: int, sampling: Sampling, first: int = 0) -> list[Job]:
+    """`candidates` jobs for each target, the draws from `first` on."""
     return [
         sampling.job(target.feature, STEP, index, _messages(prompt, target, index))
         for target in targets
-        for index in range(candidates)
+        for index in range(first, first + candidates)
     ]
 
 

@@ -81,6 +81,11 @@ class Step:
         """Rows that are samples."""
         return [row for row, sample in enumerate(self.samples) if sample.reason is None]
 
+    @property
+    def texts(self) -> list[tuple[str, str]]:
+        """Ids and texts of the samples."""
+        return [(self.jobs[row].id, self.samples[row].text) for row in self.valid]
+
     def plus(self, other: Step) -> Step:
         """Both, one after the other."""
         peaks_nf = csr_array(vstack([self.peaks_nf, other.peaks_nf], format="csr"))
@@ -99,17 +104,12 @@ def synthesize(config: Config, out: Path, inputs: Mapping[str, Path]) -> dict[st
 def write_samples(plan: Plan, generator: Generator, score: Score, out: Path) -> dict[str, Any]:
     """Both steps, the choice, and the product."""
     log = out / "generations.jsonl"
-    jobs = contrast.jobs(plan.step1, plan.targets, plan.settings.candidates, plan.sampling)
-    first = _step(plan, jobs, generator, score, log, [])
+    first, pairs = _first_step(plan, generator, score, log)
     valid = first.valid
-    written_for = np.array([first.jobs[row].feature for row in valid], np.int64)
-    features = [target.feature for target in plan.targets]
-    pairs = contrast.pairs(features, first.peaks_nf[valid], written_for, plan.threshold)
     texts = [first.samples[row].shown for row in valid]
     by_feature = {pair.feature: pair for pair in pairs}
     jobs = cover.jobs(plan.step2, plan.targets, by_feature, texts, plan.settings.second_step, plan.sampling)
-    earlier = [(first.jobs[row].id, first.samples[row].text) for row in valid]
-    second = _step(plan, jobs, generator, score, log, earlier)
+    second = _step(plan, jobs, generator, score, log, first.texts)
     every = first.plus(second)
     kept, answers = _chosen(plan, every, generator, log)
     drawn = _draw(valid, len(kept), plan.seed)
@@ -121,6 +121,24 @@ def write_samples(plan: Plan, generator: Generator, score: Score, out: Path) -> 
     _write_data_set(out / "kept.jsonl", every, {one.row: one.feature for one in kept}, label)
     _write_data_set(out / "random.jsonl", every, {row: every.jobs[row].feature for row in drawn}, label)
     return _summary(plan, generator.name, first, second, pairs, kept, len(drawn))
+
+
+def _first_step(plan: Plan, generator: Generator, score: Score, log: Path) -> tuple[Step, list[Pair]]:
+    """Candidates for every target, then again for those that none of them activates, as often as is allowed; and the
+    pair of each target among them all, or why it has none."""
+    size, targets, features = plan.settings.candidates, plan.targets, [target.feature for target in plan.targets]
+    step = _step(plan, contrast.jobs(plan.step1, targets, size, plan.sampling), generator, score, log, [])
+    for attempt in range(plan.settings.attempts):
+        if attempt:
+            jobs = contrast.jobs(plan.step1, targets, size, plan.sampling, attempt * size)
+            step = step.plus(_step(plan, jobs, generator, score, log, step.texts))
+        written_for = np.array([step.jobs[row].feature for row in step.valid], np.int64)
+        pairs = contrast.pairs(features, step.peaks_nf[step.valid], written_for, plan.threshold)
+        unmet = {pair.feature for pair in pairs if pair.strong is None}
+        targets = tuple(target for target in targets if target.feature in unmet)
+        if not targets:
+            break
+    return step, pairs
 
 
 def _step(
@@ -268,6 +286,7 @@ def _summary(
         "step1": _step_summary(plan, first),
         "step2": _step_summary(plan, second),
         "pairs": sum(pair.reason is None for pair in pairs),
+        "exhausted": sum(pair.strong is None for pair in pairs),
         "kept": len(kept),
         "kept_from_step2": sum(one.row >= len(first.jobs) for one in kept),
         "random": drawn,

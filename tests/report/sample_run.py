@@ -168,6 +168,7 @@ SUMMARIES: dict[str, dict[str, Any]] = {
         "missing": 23,
         "written_for": 23,
         "pairs": 11,
+        "exhausted": 9,
         "kept": 11,
         "kept_from_step2": 6,
         "random": 11,

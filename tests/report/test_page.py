@@ -104,6 +104,11 @@ def test_explanations_are_veiled_where_the_task_is_about_harm(view: RunView) -> 
         assert all((("label", "veil") in around) == veiled for around in named)
 
 
+def test_features_that_nothing_written_activates_are_counted(view: RunView) -> None:
+    words = Reader(page(view)).text()
+    assert "11 of these gave a contrastive pair, 9 no candidate that activates them" in words
+
+
 def test_a_task_that_trains_no_classifier_says_so(view: RunView) -> None:
     record = view.records["relevance"]
     other = dataclasses.replace(record, summary={**record.summary, "metric": "win rate"})

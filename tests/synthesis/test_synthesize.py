@@ -90,6 +90,30 @@ def test_the_data_sets_are_read_like_any_other(toy: Toy, monkeypatch: pytest.Mon
         assert all(row["step"] == 1 for row in rows)
 
 
+def test_what_no_candidate_activates_is_tried_again_and_then_exhausted(toy: Toy, monkeypatch: pytest.MonkeyPatch):
+    """Only for what is still unmet, with other draws; one hit is enough, whoever it was written for."""
+    asked: dict[str, int] = {}
+
+    def write(request: Request) -> str:
+        about = asked_for(request)
+        asked[about] = asked.get(about, 0) + 1
+        if about == "guns" or (about == "fire" and asked[about] <= 4):
+            return " ".join(message("ropes", request.seed).split())
+        return able(request)
+
+    summary, _ = run(toy, write, monkeypatch, attempts=3, second_step=0)
+    assert summary["exhausted"] == 1 and summary["step1"]["written"] == 2 * (len(MISSING) + 2 + 2)
+    assert asked == {**dict.fromkeys(MISSING, 2), "guns": 6, "fire": 6}
+    pairs = {pair["feature"]: pair for pair in table(toy, "pairs")}
+    assert pairs[feature("guns")]["reason"].startswith("no candidate exceeds 1; the best of")
+    assert pairs[feature("fire")]["strong"] in {f"f{feature('fire')}-s1-{draw}" for draw in (4, 5)}
+    rows = table(toy, "candidates")
+    assert len({(row["feature"], row["index"], row["seed"]) for row in rows}) == len(rows), "draws of their own"
+    before = fingerprints(toy)
+    again, generator = run(toy, write, monkeypatch, attempts=3, second_step=0)
+    assert again == summary and fingerprints(toy) == before and generator.requests == []
+
+
 def in_form(form: str) -> Callable[[Request], str]:
     """Writes samples of a form about what it is asked, and answers instructions."""
 
