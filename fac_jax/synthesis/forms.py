@@ -21,6 +21,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from fac_jax.features.task import SampleShape
+from fac_jax.synthesis.words import normalised
 
 Fields = Mapping[str, str | list[dict[str, str]]]
 LONGER = 2.0
@@ -148,7 +149,7 @@ def _first(*found: str | None) -> str | None:
 
 
 def _words(text: str) -> list[str]:
-    return re.findall(r"\w+", text.casefold())
+    return normalised(text).split()
 
 
 def _length(what: str, text: str, shape: SampleShape, fewest: int | None = None) -> str | None:

@@ -23,7 +23,7 @@ from fac_jax.scan.product import Scan
 from fac_jax.synthesis.contrast import Target
 from fac_jax.synthesis.generations import Sampling
 from fac_jax.synthesis.prompt import Example, Prompt, load_prompt
-from fac_jax.synthesis.samples import normalised
+from fac_jax.synthesis.words import normalised
 from fac_jax.text import POSITIVE_ABOVE
 
 EXAMPLE_WORDS = 24

@@ -10,13 +10,13 @@ from __future__ import annotations
 
 import math
 import re
-import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
 from fac_jax.features.task import SampleShape
 from fac_jax.synthesis.forms import READERS, Fields
+from fac_jax.synthesis.words import normalised
 
 NEAR_DUPLICATE = 0.7
 """Two texts with this share of common three-word runs (Jaccard) are one."""
@@ -110,11 +110,6 @@ def _read_form(raw: str, finish_reason: str, shape: SampleShape, form: str) -> S
         return Sample("\n".join(lines), mended, reason)
     found = READERS[form](lines, shape)
     return Sample(found.text, mended, found.reason, found.written, found.fields)
-
-
-def normalised(text: str) -> str:
-    """Lower-case words without punctuation, joined by single spaces: equal for texts that a reader calls the same."""
-    return " ".join(re.findall(r"\w+", unicodedata.normalize("NFKC", text).casefold()))
 
 
 def without_copies(

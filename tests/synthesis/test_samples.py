@@ -12,11 +12,11 @@ from fac_jax.synthesis.samples import (
     Sample,
     _runs,
     near_duplicates,
-    normalised,
     read_sample,
     reasons,
     without_copies,
 )
+from fac_jax.synthesis.words import normalised
 
 SHAPE = SampleShape(min_turns=1, max_turns=3, min_words=5, max_words=60, label=1.0)
 PLAIN = "you people should all go back to where you came from"
