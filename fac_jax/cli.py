@@ -578,7 +578,7 @@ VERBS = {
     ),
     "store": Verb("`fac store info|verify|merge|drop PATH`: look after activation stores", (), None, False),
     "bench": Verb(
-        "`fac bench sae` or `fac bench activations`: our training step, harvest, store and stream beside others'",
+        "`fac bench sae|activations|scan`: our training step, harvest, store, stream and scan beside others'",
         *((), None, False),
     ),
     "plan": Verb(
