@@ -1,6 +1,6 @@
-"""One YAML file, and dotted flags over it, become frozen dataclasses.
+"""One YAML file (over another that it names as its base), and dotted flags over it, become frozen dataclasses.
 
-Reads a YAML file; writes the resolved config (`to_yaml`) so that every product can keep the one it was made with.
+Reads YAML files; writes the resolved config (`to_yaml`) so that every product can keep the one it was made with.
 Every field's docstring is its `--help`; where the paper (arXiv 2602.10388) or its code gives a value, it is quoted.
 """
 
@@ -11,7 +11,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import yaml
 
@@ -728,21 +728,45 @@ class Config:
 
 
 def load_config(path: str | Path) -> Config:
-    """Read a YAML file strictly. Raises UserError for a missing file, bad YAML, an unknown key or a wrong type."""
-    path = Path(path)
+    """Read a YAML file strictly; a file that it names under `base` (beside it) gives what it does not say itself.
+
+    Raises UserError for a missing file, bad YAML, an unknown key, a wrong type, or files that are each other's base.
+    """
+    return from_plain(Config, _read(Path(path), ()), str(path))
+
+
+def to_yaml(config: Config) -> str:
+    """The resolved config; `load_config` of it gives the same config back."""
+    return yaml.safe_dump(to_plain(config), sort_keys=False, allow_unicode=True)
+
+
+def _read(path: Path, above: tuple[Path, ...]) -> dict[str, Any]:
+    """A file over its base, as plain values; `above` are the files that led to it."""
     try:
         raw = yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise UserError(f"config {path} does not exist; configs/quickstart.yaml is one to start from") from None
+        hint = f"base of {above[-1]}" if above else "configs/quickstart.yaml is one to start from"
+        raise UserError(f"config {path} does not exist; {hint}") from None
     except UnicodeDecodeError as error:
         raise UserError(f"config {path} is not UTF-8 text ({error.reason} at byte {error.start})") from None
     except OSError as error:
         raise UserError(f"config {path} cannot be read ({error.strerror}); name a YAML file") from None
     except yaml.YAMLError as error:
         raise UserError(f"config {path} is not valid YAML: {error}") from None
-    return from_plain(Config, raw or {}, str(path))
+    if not isinstance(raw, dict) or "base" not in raw:
+        return raw or {}
+    base = raw.pop("base")
+    check(isinstance(base, str), f"config {path}: base is {base!r}; it must be the path of a YAML file, from this one")
+    here = path.resolve()
+    if here in above:
+        raise UserError(f"config {path} is its own base, by way of {' and '.join(map(str, above))}; take one base out")
+    under = _read(path.parent / base, (*above, here))
+    from_plain(Config, under, str(path.parent / base))  # what is wrong with the base is said of the base
+    return _over(under, raw)
 
 
-def to_yaml(config: Config) -> str:
-    """The resolved config; `load_config` of it gives the same config back."""
-    return yaml.safe_dump(to_plain(config), sort_keys=False, allow_unicode=True)
+def _over(under: Any, above: Any) -> Any:
+    """Mappings joined key by key; of anything else, what stands above."""
+    if not (isinstance(under, dict) and isinstance(above, dict)):
+        return above
+    return under | {key: _over(under.get(key), value) for key, value in above.items()}

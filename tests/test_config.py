@@ -15,7 +15,7 @@ from fac_jax.plain import digest, from_plain, to_plain
 ROOT = Path(__file__).parent.parent
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda p: p.name)
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").rglob("*.yaml")), ids=lambda p: p.name)
 def test_every_shipped_config_loads_and_round_trips(path: Path) -> None:
     config = load_config(path)
     assert from_plain(Config, yaml.safe_load(to_yaml(config)), "again") == config
@@ -51,6 +51,39 @@ def test_a_mistake_is_named(tmp_path: Path, text: str, words: list[str]) -> None
 def test_a_missing_file_says_where_to_start() -> None:
     with pytest.raises(UserError, match="configs/quickstart.yaml"):
         load_config("nowhere.yaml")
+
+
+def test_a_base_gives_what_a_file_does_not_say(tmp_path: Path) -> None:
+    (tmp_path / "low").mkdir()
+    (tmp_path / "base.yaml").write_text(
+        "run: {dir: a, seed: 3}\nsae: {k: 8, features: 64}\ndata: {x: {sources: [{path: p}], max_tokens: 99}}"
+    )
+    (tmp_path / "low" / "middle.yaml").write_text("base: ../base.yaml\nsae: {k: 16}\nscan: {acts: relu}")
+    top = tmp_path / "low" / "top.yaml"
+    top.write_text("base: middle.yaml\nrun: {dir: b}\ndata: {x: {sources: [{path: q}]}, y: {sources: [{path: r}]}}")
+    config = load_config(top)
+    assert (config.run.dir, config.run.seed, config.sae.k, config.sae.features) == ("b", 3, 16, 64)
+    assert config.scan.acts == "relu" and sorted(config.data) == ["x", "y"]
+    assert [one.path for one in config.data["x"].sources] == ["q"] and config.data["x"].max_tokens == 99
+
+
+@pytest.mark.parametrize(
+    ("files", "words"),
+    [
+        ({"top": "base: gone.yaml"}, ["gone.yaml does not exist", "base of", "top.yaml"]),
+        ({"top": "base: 3"}, ["base is 3", "path of a YAML file"]),
+        ({"top": "base: b.yaml", "b": "base: top.yaml"}, ["top.yaml is its own base", "b.yaml"]),
+        ({"top": "base: b.yaml", "b": "sea: {}"}, ["b.yaml has no key 'sea'"]),
+        ({"top": "base: b.yaml\nsea: {}", "b": "sae: {}"}, ["top.yaml has no key 'sea'"]),
+    ],
+)
+def test_a_mistake_with_a_base_is_named(tmp_path: Path, files: dict[str, str], words: list[str]) -> None:
+    for name, text in files.items():
+        (tmp_path / f"{name}.yaml").write_text(text)
+    with pytest.raises(UserError) as error:
+        load_config(tmp_path / "top.yaml")
+    for word in words:
+        assert word in str(error.value)
 
 
 def test_what_is_no_text_file_is_named(tmp_path: Path) -> None:
