@@ -302,6 +302,24 @@ def _diversity(config: Config, verb: str, options: dict[str, str]) -> None:
     Console(width=None if sys.stdout.isatty() else 160).print(shown)
 
 
+def _ablate(config: Config, verb: str, options: dict[str, str]) -> None:
+    """The arms, then a table of them."""
+    from fac_jax.pipeline import pipeline, run_stages
+    from fac_jax.synthesis.ablation import table
+
+    stages = pipeline(config)
+    wanted = [name for name, stage in stages.items() if stage.verb == verb]
+    if not wanted:
+        raise UserError(
+            "fac ablate has no arms to compare: CONFIG names none under ablation.arms (configs/ablations has some)"
+        )
+    with Run(config) as run:
+        for stage, record in run_stages(run, stages, wanted):
+            print(f"{stage.name}: {run.folder(stage)}  ({record.seconds:.1f} s, {record.finished})")
+            shown = table(json.loads((run.folder(stage) / "ablation.json").read_text(encoding="utf-8")))
+    Console(width=None if sys.stdout.isatty() else 200).print(shown)
+
+
 def _dry_run(config: Config, wanted: list[str]) -> None:
     """What the stages would ask of the server, and what it would cost."""
     from fac_jax.dry_run import estimates, table
@@ -558,6 +576,10 @@ VERBS = {
         "missing features to samples that activate them",
         ("run", "mesh", "backbone", "coverage", "synthesize", "llm"),
         _stage,
+    ),
+    "ablate": Verb(
+        "synthesis with one thing changed at a time, over several seeds (configs/ablations has the paper's)",
+        *(("run", "mesh", "backbone", "coverage", "synthesize", "ablation", "llm"), _ablate),
     ),
     "diversity": Verb(
         "how diverse a data set is by the metrics of others: n-grams, syntax, embeddings",

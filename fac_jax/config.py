@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
@@ -564,6 +564,73 @@ class SynthesizeConfig:
 
 
 @dataclass(frozen=True)
+class ArmConfig:
+    """One arm of an ablation: what differs from the run's own settings; what is absent does not."""
+
+    target: Literal["missing", "random missing", "random relevant", "random"] = "missing"
+    """Features that are written for: those missing, highest anchor peaks first; as many at random of those missing, of
+    the relevant ones that the anchor activates, or of all that it activates (the last two: the paper's controls)."""
+    max_features: int | None = None
+    """synthesize.max_features."""
+    feature_ratio: float | None = None
+    """This share of the missing features is written for, instead of max_features (paper: 30, 60 and 100%). At random, a
+    seed's smaller shares lie in its larger ones."""
+    candidates: int | None = None
+    """synthesize.candidates."""
+    attempts: int | None = None
+    """synthesize.attempts."""
+    second_step: int | None = None
+    """synthesize.second_step."""
+    keep_per_feature: int | None = None
+    """synthesize.keep_per_feature."""
+    temperature: float | None = None
+    """synthesize.temperature."""
+    threshold: float | None = None
+    """coverage.threshold: also of what is missing, and so of what is written for."""
+    samples: str | None = None
+    """Nothing is written: the samples are the lines of this file (as in synthesis/kept.jsonl of a run with another
+    model: transfer)."""
+
+    def __post_init__(self) -> None:
+        ratio = self.feature_ratio
+        check(ratio is None or 0 < ratio <= 1, f"feature_ratio is {ratio}; it must lie in (0, 1]")
+        check(
+            ratio is None or self.max_features is None,
+            f"an arm has both feature_ratio {ratio} and max_features {self.max_features}; keep one",
+        )
+
+    @property
+    def synthesis(self) -> dict[str, Any]:
+        """Settings of `synthesize` that the arm changes."""
+        named = (item.name for item in fields(SynthesizeConfig) if hasattr(self, item.name))
+        return {name: value for name in named if (value := getattr(self, name)) is not None}
+
+
+@dataclass(frozen=True)
+class AblationConfig:
+    """Synthesis with one thing changed at a time, side by side: `fac ablate`."""
+
+    name: str = "ablation"
+    """Names the product, ablations/NAME."""
+    arms: dict[str, ArmConfig] = field(default_factory=dict)
+    """What is compared, by name."""
+    seeds: tuple[int, ...] = (0, 1, 2)
+    """Each arm is run once with each, in place of run.seed; intervals are over them."""
+
+    def __post_init__(self) -> None:
+        for what, name in (("ablation.name", self.name), *(("an arm's name", arm) for arm in self.arms)):
+            plain = bool(name.strip()) and not name.startswith(".") and not set(name) & set("/\\")
+            check(
+                plain,
+                f"{what} is {name!r}; it names a folder, so it must not be empty, begin with a dot or hold / or \\",
+            )
+        check(
+            bool(self.seeds) and len(set(self.seeds)) == len(self.seeds),
+            f"ablation.seeds is {list(self.seeds)}; name one seed or more, none twice",
+        )
+
+
+@dataclass(frozen=True)
 class SelectConfig:
     """Existing documents that cover what the seed lacks."""
 
@@ -707,6 +774,7 @@ class Config:
     coverage: CoverageConfig = CoverageConfig()
     diversity: DiversityConfig = DiversityConfig()
     synthesize: SynthesizeConfig = SynthesizeConfig()
+    ablation: AblationConfig = AblationConfig()
     select: SelectConfig = SelectConfig()
     finetune: FinetuneConfig = FinetuneConfig()
     llm: LlmConfig = LlmConfig()

@@ -3,9 +3,9 @@
     corpus -> activations -> sae -> splice, scans -> explanations, relevance -> coverage
            -> synthesis -> evaluation, selection, finetune -> report
 
-`fac run` walks the table in order, but for what is made on request only (`sweep`, `diversity`); a verb makes the rows
-that carry its name. What a row lists under `settings` is all that can change its product, so changing a threshold
-makes coverage and what follows again, and nothing before it.
+`fac run` walks the table in order, but for what is made on request only (`sweep`, `ablate`, `diversity`); a verb makes
+the rows that carry its name. What a row lists under `settings` is all that can change its product, so changing a
+threshold makes coverage and what follows again, and nothing before it.
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ from fac_jax.sae.formats.source import fingerprints
 from fac_jax.sae.splice import splice
 from fac_jax.sae.train import sweep, train
 from fac_jax.scan.scan import scan
+from fac_jax.synthesis.ablation import ablate
 from fac_jax.synthesis.synthesize import synthesize
 
 WRITTEN = ("kept", "random")
@@ -89,6 +90,10 @@ def pipeline(config: Config) -> dict[str, Stage]:
     if config.sweep != SweepConfig() and config.scan.sae is None:
         asked, made = partial(_sweep_settings, config), _store_input(config)
         stages.append(Stage("sweep", "sweep", "sweep", sweep, asked, made, distributed=True, on_request=True))
+    if config.ablation.arms:
+        name, asked = config.ablation.name, partial(_ablation_settings, config)
+        inputs = (*_sae_input(config), anchor, seed, "explanations", "relevance")
+        stages.append(Stage(f"ablation:{name}", f"ablations/{name}", "ablate", ablate, asked, inputs, on_request=True))
     stages += [diversity_stage(config, name) for name in (*compared(config), *WRITTEN)]
     stages.append(Stage("report", "report", "report", report, dict, tuple(stage.name for stage in stages)))
     return {stage.name: stage for stage in stages}
@@ -207,6 +212,12 @@ def _judge_settings(config: Config) -> dict[str, Any]:
 def _synthesis_settings(config: Config) -> dict[str, Any]:
     settings = {"synthesize": config.synthesize, "threshold": config.coverage.threshold, "acts": config.scan.acts}
     return {**settings, **_backbone(config), "sae": external_sae(config.scan.sae), "writer": _writer(config)}
+
+
+def _ablation_settings(config: Config) -> dict[str, Any]:
+    files = {arm.samples for arm in config.ablation.arms.values() if arm.samples is not None}
+    read = {name: fingerprint(Path(name)) for name in sorted(files) if Path(name).is_file()}
+    return {"ablation": config.ablation, "samples": read, "coverage": config.coverage, **_synthesis_settings(config)}
 
 
 def _selection_settings(config: Config) -> dict[str, Any]:

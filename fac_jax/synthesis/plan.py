@@ -74,10 +74,14 @@ class Plan:
 
 def make_plan(config: Config, anchor: Scan, seed: Scan, inputs: Mapping[str, Path]) -> Plan:
     """Read what is missing, what it is about and what shows it."""
-    task = load_task(config.judge.task)
     missing = pq.read_table(inputs["coverage"] / "missing.parquet", columns=["feature", "anchor_peak"]).to_pylist()
     missing.sort(key=lambda row: (-row["anchor_peak"], row["feature"]))
-    features = [row["feature"] for row in missing]
+    return plan_for([row["feature"] for row in missing], config, anchor, seed, inputs)
+
+
+def plan_for(features: Sequence[int], config: Config, anchor: Scan, seed: Scan, inputs: Mapping[str, Path]) -> Plan:
+    """The same for these features, in the order in which they are written for."""
+    task = load_task(config.judge.task)
     texts = anchor.documents("text")["text"].to_pylist()
     return Plan(
         missing=read_targets(features, anchor, texts, inputs["explanations"], task.description.sample),

@@ -93,15 +93,33 @@ class Step:
         return Step(*joined, peaks_nf)
 
 
+@dataclass(frozen=True)
+class Written:
+    """All that came of a plan."""
+
+    first: Step
+    second: Step
+    every: Step
+    """Both steps, one after the other."""
+    pairs: list[Pair]
+    kept: list[Kept]
+    """Rows of `every`."""
+    drawn: list[int]
+    """As many rows of step 1, drawn blindly."""
+    answers: list[Generation]
+    """To instructions that were chosen to be kept."""
+
+
 def synthesize(config: Config, out: Path, inputs: Mapping[str, Path]) -> dict[str, Any]:
     """Stage. Raises UserError when scans and SAE do not fit together, or the writer fails (what it wrote is kept)."""
     anchor, seed = load_scans(inputs[f"scan:{config.coverage.anchor}"], inputs[f"scan:{config.coverage.seed}"])
     plan = make_plan(config, anchor, seed, inputs)
     generator = open_generator(config, make_mesh(config.mesh))
-    return write_samples(plan, generator, open_scorer(config, inputs, anchor, config.coverage.seed), out)
+    score = open_scorer(config, inputs, anchor, config.coverage.seed)
+    return _summary(plan, generator.name, write_samples(plan, generator, score, out))
 
 
-def write_samples(plan: Plan, generator: Generator, score: Score, out: Path) -> dict[str, Any]:
+def write_samples(plan: Plan, generator: Generator, score: Score, out: Path) -> Written:
     """Both steps, the choice, and the product."""
     log = out / "generations.jsonl"
     first, pairs = _first_step(plan, generator, score, log)
@@ -120,7 +138,7 @@ def write_samples(plan: Plan, generator: Generator, score: Score, out: Path) -> 
     label = plan.description.sample.label
     _write_data_set(out / "kept.jsonl", every, {one.row: one.feature for one in kept}, label)
     _write_data_set(out / "random.jsonl", every, {row: every.jobs[row].feature for row in drawn}, label)
-    return _summary(plan, generator.name, first, second, pairs, kept, len(drawn))
+    return Written(first, second, every, pairs, kept, drawn, answers)
 
 
 def _first_step(plan: Plan, generator: Generator, score: Score, log: Path) -> tuple[Step, list[Pair]]:
@@ -275,23 +293,21 @@ def _write_data_set(path: Path, every: Step, features: Mapping[int, int], label:
     write_text(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
 
 
-def _summary(
-    plan: Plan, generator: str, first: Step, second: Step, pairs: Sequence[Pair], kept: Sequence[Kept], drawn: int
-) -> dict[str, Any]:
+def _summary(plan: Plan, generator: str, written: Written) -> dict[str, Any]:
     """Numbers of the stage; `target_hit_rate` is the share of the missing features that the samples activate."""
     return {
         "generator": generator,
         "missing": len(plan.missing),
         "written_for": len(plan.targets),
-        "step1": _step_summary(plan, first),
-        "step2": _step_summary(plan, second),
-        "pairs": sum(pair.reason is None for pair in pairs),
-        "exhausted": sum(pair.strong is None for pair in pairs),
-        "kept": len(kept),
-        "kept_from_step2": sum(one.row >= len(first.jobs) for one in kept),
-        "random": drawn,
-        "target_hit_rate_one_step": _hit_rate(plan, first),
-        "target_hit_rate": _hit_rate(plan, first.plus(second)),
+        "step1": _step_summary(plan, written.first),
+        "step2": _step_summary(plan, written.second),
+        "pairs": sum(pair.reason is None for pair in written.pairs),
+        "exhausted": sum(pair.strong is None for pair in written.pairs),
+        "kept": len(written.kept),
+        "kept_from_step2": sum(one.row >= len(written.first.jobs) for one in written.kept),
+        "random": len(written.drawn),
+        "target_hit_rate_one_step": _hit_rate(plan, written.first),
+        "target_hit_rate": _hit_rate(plan, written.every),
     }
 
 
