@@ -31,7 +31,7 @@ from fac_jax.features.scores.prompts import shared_digest
 from fac_jax.features.task import load_task
 from fac_jax.plain import digest
 from fac_jax.report.page import report
-from fac_jax.runs import Record, Run, Stage, fingerprint
+from fac_jax.runs import Record, Run, Stage, fingerprint, read_record
 from fac_jax.sae.formats.source import fingerprints
 from fac_jax.sae.splice import splice
 from fac_jax.sae.train import sweep, train
@@ -95,7 +95,8 @@ def pipeline(config: Config) -> dict[str, Stage]:
         inputs = (*_sae_input(config), anchor, seed, "explanations", "relevance")
         stages.append(Stage(f"ablation:{name}", f"ablations/{name}", "ablate", ablate, asked, inputs, on_request=True))
     stages += [diversity_stage(config, name) for name in (*compared(config), *WRITTEN)]
-    stages.append(Stage("report", "report", "report", report, dict, tuple(stage.name for stage in stages)))
+    shown = partial(_report_settings, config)
+    stages.append(Stage("report", "report", "report", report, shown, tuple(stage.name for stage in stages)))
     return {stage.name: stage for stage in stages}
 
 
@@ -228,6 +229,12 @@ def _selection_settings(config: Config) -> dict[str, Any]:
 def _selection_inputs(config: Config) -> tuple[str, ...]:
     features = {"missing": ("coverage/missing.parquet",), "relevant": ("relevance",), "all": ()}
     return (f"scan:{config.select.source or config.coverage.anchor}", *features[config.select.target])
+
+
+def _report_settings(config: Config) -> dict[str, Any]:
+    """Ablations of whatever config are shown, so all that the run directory holds count."""
+    folders = sorted((Path(config.run.dir) / "ablations").glob("*"))
+    return {"ablations": {one.name: record.digest for one in folders if (record := read_record(one))}}
 
 
 def data_fingerprint(config: Config, name: str) -> dict[str, Any]:

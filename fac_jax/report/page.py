@@ -17,6 +17,7 @@ from typing import Any
 from fac_jax import __version__
 from fac_jax.config import Config
 from fac_jax.report import apparatus, gain, gap
+from fac_jax.report.ablations import ablations
 from fac_jax.report.blocks import Section, render
 from fac_jax.report.costs import costs
 from fac_jax.report.diversity import diversity
@@ -67,6 +68,7 @@ def _sections(view: RunView) -> list[Section]:
         explanations(view),
         apparatus.what_was_run(view),
         apparatus.training(view),
+        *ablations(view),
         *sweep(view),
         *diversity(view),
         *costs(view),

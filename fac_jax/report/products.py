@@ -33,7 +33,7 @@ STAGES = (
     "selection",
     "finetune",
 )
-"""Stages with a folder of their own name; scans lie in scans/NAME, diversity in diversity/NAME."""
+"""Stages with a folder of their own name; scans lie in scans/NAME, diversity and ablations likewise."""
 TESTS = ("detection", "fuzzing")
 """Tests of explanations."""
 
@@ -113,6 +113,8 @@ class RunView:
     evaluation: Row | None
     selection: Sequence[Row] | None
     finetune: Row | None
+    ablations: Mapping[str, Row]
+    """ablation.json of each ablation by name."""
     ledger: Sequence[Row]
     """What each answer of a server cost; empty when none was asked."""
 
@@ -147,7 +149,8 @@ def read_view(run_dir: Path, config: Config) -> RunView:
     """Read what there is. Raises UserError for a file that is there and cannot be read."""
     scans = {f"scan:{folder.name}": folder for folder in sorted((run_dir / "scans").glob("*"))}
     diversity = {f"diversity:{folder.name}": folder for folder in sorted((run_dir / "diversity").glob("*"))}
-    folders = {**scans, **{name: run_dir / name for name in STAGES}, **diversity}
+    ablations = {f"ablation:{folder.name}": folder for folder in sorted((run_dir / "ablations").glob("*"))}
+    folders = {**scans, **{name: run_dir / name for name in STAGES}, **diversity, **ablations}
     records = {name: record for name, folder in folders.items() if (record := read_record(folder)) is not None}
     done = {name: folder for name, folder in folders.items() if name in records}
     return RunView(
@@ -170,6 +173,7 @@ def read_view(run_dir: Path, config: Config) -> RunView:
         evaluation=_json(done["evaluation"] / "coverage.json") if "evaluation" in done else None,
         selection=read_rows(done["selection"] / "selected.parquet") if "selection" in done else None,
         finetune=_json(done["finetune"] / "eval.json") if "finetune" in done and _classifies(records) else None,
+        ablations={n.removeprefix("ablation:"): _json(f / "ablation.json") for n, f in done.items() if n in ablations},
         ledger=read_ledger(run_dir),
     )
 

@@ -18,6 +18,7 @@ from fac_jax.diversity.measure import LEXICAL, METRICS
 from fac_jax.features.explain import EXPLANATIONS
 from fac_jax.features.judge import RELEVANCE
 from fac_jax.scan.tables import DOCUMENTS, FEATURES, PEAKS
+from fac_jax.synthesis.ablation import FIGURES
 from fac_jax.synthesis.synthesize import CANDIDATES, PAIRS, SAMPLES
 
 THEMES = [
@@ -52,6 +53,7 @@ STAGES = {
     "relevance": "relevance",
     "coverage": "coverage",
     "synthesis": "synthesis",
+    "ablation:steps": "ablations/steps",
     "scan:kept": "scans/kept",
     "scan:random": "scans/random",
     "evaluation": "evaluation",
@@ -95,6 +97,7 @@ def write_run(folder: Path, payload: str = "", features: int = 23, upto: str = "
         "relevance": lambda f: _relevance(f, features),
         "coverage": lambda f: _coverage(f, payload, features),
         "synthesis": lambda f: _synthesis(f, payload, features),
+        "ablation:steps": lambda f: _ablation(f, payload),
         "scan:kept": lambda f: _scan(f, payload, features, "kept", features // 2, 1.0),
         "scan:random": lambda f: _scan(f, payload, features, "random", features // 2, 0.4),
         "evaluation": _evaluation,
@@ -343,6 +346,27 @@ def _sweep(folder: Path) -> None:
     edges = [10.0**power for power in range(-6, 0)]
     product = {"steps": 240, "rows": 491520, "density_edges": edges, "members": members}
     (folder / "sweep.json").write_text(json.dumps(product))
+
+
+def _ablation(folder: Path, payload: str) -> None:
+    def figure(mean: float, half: float | None = None) -> dict[str, float | None]:
+        return {"mean": mean, "low": half and mean - half, "high": half and mean + half}
+
+    arms = {
+        name: {
+            "changed": {"second_step": 0} if place == 0 else {},
+            "threshold": 1.0,
+            "missing": [23],
+            **{name: None for name in FIGURES},
+            "hit_rate": figure(0.3 + place / 10, 0.04),
+            "written": figure(80 + 40 * place, 3.5),
+            "tokens_per_hit": figure(1234.5 - 200 * place, 99),
+        }
+        for place, name in enumerate(("one step", f"two steps{payload}"))
+    }
+    outcomes = [{"arm": arm, "seed": seed} for arm in arms for seed in (0, 1, 2)]
+    product = {"name": "steps", "generator": f"embedded:tiny{payload}", "arms": arms, "outcomes": outcomes}
+    (folder / "ablation.json").write_text(json.dumps(product))
 
 
 def _span(place: int, document: int, score: float, payload: str) -> dict[str, Any]:

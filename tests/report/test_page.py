@@ -179,6 +179,16 @@ def test_a_sweep_is_drawn_and_tabled(view: RunView) -> None:
     assert 'id="sweep"' not in page(dataclasses.replace(view, sweep=None))
 
 
+def test_ablations_are_tabled_with_the_figures_that_they_have(view: RunView) -> None:
+    html = page(view)
+    section = html[html.index('id="ablations"') :].partition("</section>")[0]
+    words = re.sub(r"<[^>]*>", " ", section)
+    for expected in ("steps: written by embedded:tiny, 3 seeds, 23 features missing", "30.0 ± 4.0 %", "1,034 ± 99"):
+        assert expected in " ".join(words.split()), expected
+    assert section.count("<tr") == 3 and "Near duplicates" not in words and "Money" not in words
+    assert 'id="ablations"' not in page(dataclasses.replace(view, ablations={}))
+
+
 def test_other_measures_of_diversity_are_tabled(view: RunView) -> None:
     """What is a sample has its interval and its rows; what is absent says why and what mends it."""
     html = page(view)
