@@ -2,8 +2,8 @@
 
 Every arm runs both steps as `synthesize.py` does, and is measured by the same features: those that the seed misses at
 the arm's threshold. Arms that are written for other features (the paper's controls) choose what they keep by those, and
-meet the missing ones by chance. Replies are shared: an arm asks only for what no arm before it has had written with the
-same prompt, settings and seed; what it costs is counted as if it stood alone.
+meet the missing ones by chance. Replies are shared: an arm asks only for what no arm before it, nor another ablation in
+the run directory, has had written with the same prompt, settings and seed; its cost is counted as if it stood alone.
 
 Reads the SAE, the anchor's and the seed's scans, relevance and explanations. Writes
 - `ARM/seed-N/`: the product of that synthesis, and `outcome.json`, so that a stopped ablation goes on behind it;
@@ -43,6 +43,7 @@ from fac_jax.synthesis.generations import Generation, read_log, settle_log
 from fac_jax.synthesis.plan import plan_for
 from fac_jax.synthesis.synthesize import Written, write_samples
 
+LOG = "generations.jsonl"
 TWIN = re.compile(r"near duplicate of ")
 FIGURES = {
     "hit_rate": "missing features hit by what is kept",
@@ -117,7 +118,7 @@ def ablate(config: Config, out: Path, inputs: Mapping[str, Path]) -> dict[str, A
 def run_arms(bench: Bench, out: Path) -> dict[str, Any]:
     """Every arm with every seed, and the product."""
     config = bench.config.ablation
-    outcomes, written = [], {number: list[Generation]() for number in config.seeds}
+    outcomes, written = [], {number: _written_before(out, number) for number in config.seeds}
     for name, arm in config.arms.items():
         for number in config.seeds if arm.samples is None else config.seeds[:1]:
             folder = out / name / f"seed-{number}"
@@ -177,6 +178,11 @@ def said(figure: str, value: Mapping[str, float | None] | None) -> str:
     return f"{scale * value['mean']:,.{digits}f}{half}{' %' if share else ''}"
 
 
+def _written_before(out: Path, number: int) -> list[Generation]:
+    """All that arms of this and of other ablations have had written with a seed."""
+    return [one for log in sorted(out.parent.glob(f"*/*/seed-{number}/{LOG}")) for one in read_log(log)]
+
+
 def _arm(bench: Bench, arm: ArmConfig, outcomes: Sequence[Outcome]) -> dict[str, Any]:
     """Settings of an arm and its figures over seeds."""
     told = [asdict(one) for one in outcomes]
@@ -191,10 +197,9 @@ def _threshold(config: Config, arm: ArmConfig) -> float:
 
 
 def _outcome(bench: Bench, name: str, arm: ArmConfig, number: int, folder: Path, written: list[Generation]) -> Outcome:
-    """One arm with one seed, unless it is there; what was written for it joins `written`."""
-    done, log = folder / "outcome.json", folder / "generations.jsonl"
+    """One arm with one seed, unless it is there; what is written for it joins `written`."""
+    done, log = folder / "outcome.json", folder / LOG
     if done.exists():
-        written += read_log(log)
         return Outcome(**json.loads(done.read_text(encoding="utf-8")))
     threshold = _threshold(bench.config, arm)
     rows = missing_rows(bench.relevant_f, bench.anchor, bench.seed, threshold, {})

@@ -91,6 +91,16 @@ def test_arms_share_replies_and_each_pays_as_if_alone(toy: Toy, monkeypatch: pyt
         )
 
 
+def test_ablations_of_a_run_share_replies_too(toy: Toy, monkeypatch: pytest.MonkeyPatch):
+    steps = dataclasses.replace(toy, out=toy.out / "steps")
+    more = dataclasses.replace(toy, out=toy.out / "more")
+    for one in (steps, more):
+        one.out.mkdir()
+    ablated(steps, monkeypatch, {"one step": ArmConfig(second_step=0)})
+    _, generator = ablated(more, monkeypatch, {"two": ArmConfig()}, seeds=(1, 2))
+    assert len(generator.requests) == 14 + 28, "step 1 of seed 1 is there"
+
+
 def test_controls_write_for_other_features_and_meet_the_missing_by_chance(toy: Toy, monkeypatch: pytest.MonkeyPatch):
     arms = {
         "missing": ArmConfig(max_features=3),
@@ -171,8 +181,9 @@ def log(toy: Toy, arm: str, seed: int) -> list[str]:
 
 
 def toy_copy(toy: Toy) -> Toy:
-    out = toy.out.parent / "another"
-    out.mkdir()
+    """Another run directory: ablations of one share replies."""
+    out = toy.out.parent / "another" / "ablations" / "toy"
+    out.mkdir(parents=True)
     return dataclasses.replace(toy, out=out)
 
 
