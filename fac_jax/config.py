@@ -657,6 +657,31 @@ class SelectConfig:
         check(0 < self.similarity <= 1, f"select.similarity is {self.similarity}; it must lie in (0, 1]")
 
 
+Matrix = Literal["q", "k", "v", "o", "gate", "up", "down"]
+
+
+@dataclass(frozen=True)
+class LoraConfig:
+    """Low-rank adapters (arXiv 2106.09685)."""
+
+    rank: int = 8
+    """Rank of what is added to each matrix (paper: 8 for toxicity and instructions, 16 for rewards)."""
+    alpha: float = 16.0
+    """What is added is scaled by alpha / rank (paper: 16; 32 for rewards)."""
+    dropout: float = 0.1
+    """Share of the adapters' inputs that is dropped in training (paper: 0.1)."""
+    matrices: tuple[Matrix, ...] = ("q", "k", "v", "o", "gate", "up", "down")
+    """Matrices that are adapted (paper: all seven)."""
+
+    def __post_init__(self) -> None:
+        check(self.rank >= 1, f"lora.rank is {self.rank}; it must be at least 1")
+        check(0 <= self.dropout < 1, f"lora.dropout is {self.dropout}; it must lie in [0, 1)")
+        check(
+            bool(self.matrices) and len(set(self.matrices)) == len(self.matrices),
+            f"lora.matrices is {list(self.matrices)}; name one or more, none twice",
+        )
+
+
 @dataclass(frozen=True)
 class FinetuneConfig:
     """Does it help? A classifier on frozen activations, seed against seed + synthetic."""
@@ -671,6 +696,18 @@ class FinetuneConfig:
     """Adam's rate (paper, head only: 8e-5)."""
     batch: int = 4
     """Samples in a step (paper, head only: 4)."""
+    lora: LoraConfig = LoraConfig()
+    """Adapters of the backbone's matrices."""
+    learning_rate_schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """LoRA: after warm-up constant, or falling to 0 at the last step (paper: cosine for rewards)."""
+    warmup: float = 0.0
+    """LoRA: share of the steps over which the rate rises linearly from 0 (paper: 0.1 for rewards)."""
+    weight_decay: float = 0.0
+    """LoRA: AdamW's, of adapters and head (paper: 0.01 for rewards)."""
+    gradient_clip: float = 1.0
+    """LoRA: norm that a step's gradient is cut to, as transformers' trainer does."""
+    checkpoint_every: int = 100
+    """LoRA: steps between checkpoints."""
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ is every special token.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import islice
@@ -148,7 +148,7 @@ def pack(encoded: Iterable[EncodedDocument], rows: int, row_tokens: int, first: 
         total, longest = total + len(item.ids), max(longest, len(item.ids))
         if total <= rows * (row_tokens - longest):  # it is placed: where it is not, every row is filled further
             continue
-        if _first_fit_decreasing(held, rows, row_tokens) is None:
+        if first_fit_decreasing([len(one.ids) for one in held], rows, row_tokens) is None:
             yield _batch(held[:-1], rows, row_tokens, first)
             first += len(held) - 1
             held, total, longest = [item], len(item.ids), len(item.ids)
@@ -156,13 +156,12 @@ def pack(encoded: Iterable[EncodedDocument], rows: int, row_tokens: int, first: 
         yield _batch(held, rows, row_tokens, first)
 
 
-def _first_fit_decreasing(items: list[EncodedDocument], rows: int, row_tokens: int) -> list[int] | None:
-    """Row of each item, or None when they do not all fit."""
-    lengths = [len(item.ids) for item in items]
+def first_fit_decreasing(lengths: Sequence[int], rows: int, row_tokens: int) -> list[int] | None:
+    """Row of each item, longest first into the first row with room; None when they do not all fit."""
     if sum(lengths) > rows * row_tokens:
         return None
-    room, placed = [row_tokens] * rows, [0] * len(items)
-    for index in sorted(range(len(items)), key=lambda i: (-lengths[i], i)):
+    room, placed = [row_tokens] * rows, [0] * len(lengths)
+    for index in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
         row = next((r for r in range(rows) if room[r] >= lengths[index]), None)
         if row is None:
             return None
@@ -172,7 +171,7 @@ def _first_fit_decreasing(items: list[EncodedDocument], rows: int, row_tokens: i
 
 
 def _batch(items: list[EncodedDocument], rows: int, row_tokens: int, first: int) -> PackedBatch:
-    placement = _first_fit_decreasing(items, rows, row_tokens)
+    placement = first_fit_decreasing([len(item.ids) for item in items], rows, row_tokens)
     assert placement is not None
     shape = (rows, row_tokens)
     tokens, segments, positions = (np.zeros(shape, np.int32) for _ in range(3))

@@ -135,7 +135,10 @@ def test_a_batch_takes_documents_as_long_as_all_can_be_placed(lengths: list[int]
     """Most documents are taken without looking for their places, which must change nothing."""
     documents, expected = documents_of(lengths), []
     for item in documents:
-        if expected and packing._first_fit_decreasing([*expected[-1], item], rows, 12) is not None:
+        if (
+            expected
+            and packing.first_fit_decreasing([len(one.ids) for one in (*expected[-1], item)], rows, 12) is not None
+        ):
             expected[-1].append(item)
         else:
             expected.append([item])

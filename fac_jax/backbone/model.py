@@ -112,13 +112,15 @@ def residual(
     segments_bt: Int[Array, "b t"],
     positions_bt: Int[Array, "b t"],
     layer: int,
+    adapters: Tree | None = None,
 ) -> Float[Array, "b t d"]:
     """Residual stream after `layer` blocks, float32: Hugging Face `hidden_states[layer]` for all layers but the last.
 
     At `layer == n_layers` it is the stream *before* the final norm, where Hugging Face's last entry is after it.
-    Attention stays inside a segment and looks back only; positions restart with each document.
+    Attention stays inside a segment and looks back only; positions restart with each document. `adapters`: see
+    `run_blocks`.
     """
-    return run_blocks(model, embed(model, tokens_bt), segments_bt, positions_bt, 0, layer)
+    return run_blocks(model, embed(model, tokens_bt), segments_bt, positions_bt, 0, layer, adapters)
 
 
 def run_blocks(
@@ -128,8 +130,13 @@ def run_blocks(
     positions_bt: Int[Array, "b t"],
     first: int,
     last: int,
+    adapters: Tree | None = None,
 ) -> Float[Array, "b t d"]:
-    """Residual stream after `last` blocks, float32, from the stream after `first` blocks."""
+    """Residual stream after `last` blocks, float32, from the stream after `first` blocks.
+
+    `adapters` are arrays [last - first, ...] that `project` adds to the blocks' matrices. With them the blocks are
+    computed again in the backward pass, so that training keeps one residual a block and nothing in between.
+    """
 
     def step(x_btd: Array, block: Tree) -> tuple[Array, None]:
         def attend(q: Array, k: Array, v: Array) -> tuple[Array, None]:
@@ -137,7 +144,8 @@ def run_blocks(
 
         return apply_block(model.config, block, x_btd, positions_bt, attend)
 
-    return jax.lax.scan(step, x_btd, model.stacked(first, last))[0]
+    blocks = model.stacked(first, last) | (adapters or {})
+    return jax.lax.scan(step if adapters is None else jax.checkpoint(step), x_btd, blocks)[0]
 
 
 def logits(model: Backbone, resid_btd: Float[Array, "b t d"]) -> Float[Array, "b t v"]:
@@ -163,7 +171,7 @@ def apply_block(
     b, t, _ = x_btd.shape
     kv, group, width = config.n_kv_heads, config.n_heads // config.n_kv_heads, config.head_dim
     normed = rms_norm(x_btd, block["attention_norm"], config.rms_eps)
-    q, k, v = (matmul(normed, block[f"w_{name}"]) for name in "qkv")
+    q, k, v = (project(block, name, normed) for name in "qkv")
     if config.qkv_bias:
         q, k, v = q + block["b_q"], k + block["b_k"], v + block["b_v"]
     cos, sin = rotary(config, positions_bt)
@@ -173,10 +181,23 @@ def apply_block(
     v_bkth = v.reshape(b, t, kv, width).transpose(0, 2, 1, 3)
     dtype = block["w_q"].dtype
     read_bkgth, kept = attend(q_bkgth.astype(dtype), k_bkht.astype(dtype), v_bkth.astype(dtype))
-    x_btd = x_btd + matmul(read_bkgth.transpose(0, 3, 1, 2, 4).reshape(b, t, -1), block["w_o"])
+    x_btd = x_btd + project(block, "o", read_bkgth.transpose(0, 3, 1, 2, 4).reshape(b, t, -1))
     normed = rms_norm(x_btd, block["mlp_norm"], config.rms_eps)
-    hidden = jax.nn.silu(matmul(normed, block["w_gate"])) * matmul(normed, block["w_up"])
-    return x_btd + matmul(hidden, block["w_down"]), kept
+    hidden = jax.nn.silu(project(block, "gate", normed)) * project(block, "up", normed)
+    return x_btd + project(block, "down", hidden), kept
+
+
+def project(block: Tree, name: str, x: Float[Array, "... i"]) -> Float[Array, "... o"]:
+    """x W of one of the block's matrices and, where the block has adapters for it, their scale * drop(x) A B."""
+    y = matmul(x, block[f"w_{name}"])
+    if f"lora_a_{name}" not in block:
+        return y
+    if f"lora_keep_{name}" in block:  # only while training; the mask is of this block, matrix and step
+        key, kept = jax.random.wrap_key_data(block[f"lora_keep_{name}"]), block["lora_kept"]
+        x = jnp.where(jax.random.bernoulli(key, kept, x.shape), x / kept, 0)
+    dtype = block[f"w_{name}"].dtype
+    low = matmul(x, block[f"lora_a_{name}"].astype(dtype))
+    return y + block["lora_scale"] * matmul(low, block[f"lora_b_{name}"].astype(dtype))
 
 
 def matmul(x: Float[Array, "... i"], w_io: Float[Array, "i o"]) -> Float[Array, "... o"]:

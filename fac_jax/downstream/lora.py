@@ -1,0 +1,88 @@
+"""Low-rank adapters (LoRA, arXiv 2106.09685): W x becomes W x + (alpha / rank) B A drop(x); only A and B are trained.
+
+Here matrices are [in, out] as in `backbone/model.py`, so A is [in, rank] and B [rank, out], one of each a block and
+matrix. A starts uniform as peft's does and B at 0: the first step sees the model as it was. A and B are float32 and lie
+on the mesh as the matrix does that they are added to. Reads and writes no file.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, PRNGKeyArray
+
+from fac_jax.backbone.config import ModelConfig
+from fac_jax.backbone.model import Backbone, Tree, parameters
+from fac_jax.config import LoraConfig
+from fac_jax.mesh import FEATURE
+
+
+def init_lora(config: ModelConfig, lora: LoraConfig, seed: int, mesh: Mesh) -> Tree:
+    """A and B of every adapted matrix, named `lora_a_q`, `lora_b_q` and so on, [blocks, in, rank], [blocks, rank, out].
+
+    Born on their shards.
+    """
+    shapes, places = {}, {}
+    for name in lora.matrices:
+        for side, shape, spec in _sides(config, lora, name, mesh.shape[FEATURE]):
+            shapes[f"lora_{side}_{name}"], places[f"lora_{side}_{name}"] = shape, NamedSharding(mesh, spec)
+
+    def init(key: PRNGKeyArray) -> Tree:
+        made = {}
+        for place, (name, shape) in enumerate(sorted(shapes.items())):
+            bound = 1 / math.sqrt(shape[1])  # kaiming_uniform with a = sqrt(5), as peft starts
+            uniform = jax.random.uniform(jax.random.fold_in(key, place), shape, minval=-bound, maxval=bound)
+            made[name] = uniform if "_a_" in name else jnp.zeros(shape)
+        return made
+
+    return jax.jit(init, out_shardings=places)(jax.random.key(seed))
+
+
+def adapters(params: Tree, lora: LoraConfig, key: PRNGKeyArray | None) -> Tree:
+    """What `run_blocks` adds to the blocks; with a key some inputs are dropped (training), without one none is."""
+    blocks = next(iter(params.values())).shape[0]
+    added: dict[str, Any] = {**params, "lora_scale": jnp.full(blocks, lora.alpha / lora.rank, jnp.float32)}
+    if key is not None and lora.dropout > 0:
+        added["lora_kept"] = jnp.full(blocks, 1 - lora.dropout, jnp.float32)
+        for place, name in enumerate(lora.matrices):
+            added[f"lora_keep_{name}"] = jax.random.key_data(jax.random.split(jax.random.fold_in(key, place), blocks))
+    return added
+
+
+def merged(model: Backbone, params: Tree, lora: LoraConfig) -> Backbone:
+    """The model with A and B multiplied out into its matrices, in their type: it needs no adapters any more."""
+
+    def add(w_nio: Array, a_nir: Array, b_nro: Array) -> Array:
+        product = jnp.einsum("nir,nro->nio", a_nir, b_nro, precision=jax.lax.Precision.HIGHEST)
+        return (w_nio.astype(jnp.float32) + lora.alpha / lora.rank * product).astype(w_nio.dtype)
+
+    graph, state = nnx.split(model)
+    whole = nnx.merge(graph, jax.tree.map(lambda leaf: leaf, state))
+    for name in lora.matrices:
+        w = whole.blocks[f"w_{name}"]
+        place = w[...].sharding
+        both = params[f"lora_a_{name}"], params[f"lora_b_{name}"]
+        whole.blocks[f"w_{name}"] = nnx.Param(jax.jit(add, out_shardings=place)(w[...], *both))
+    return whole
+
+
+def trained_parameters(params: Tree) -> int:
+    """How many numbers are trained."""
+    return sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(params))
+
+
+def _sides(config: ModelConfig, lora: LoraConfig, name: str, feature: int) -> list[tuple[str, tuple[int, ...], P]]:
+    """Shape and placement of A and of B of a matrix."""
+    w = parameters(config, config.n_layers, False, feature)[f"w_{name}"]
+    (blocks, width, out), (_, in_axis, out_axis) = w.shape, w.spec
+    return [
+        ("a", (blocks, width, lora.rank), P(None, in_axis, None)),
+        ("b", (blocks, lora.rank, out), P(None, None, out_axis)),
+    ]
