@@ -589,7 +589,7 @@ VERBS = {
         "`fac samples list CONFIG`, `fac samples show CONFIG SAMPLE`: what was kept, and all that proves one",
         *(("run", "coverage"), _samples, True, ("list", "show")),
     ),
-    "export": Verb("kept samples to files that other programs load, or to the hub", ("run",), _export),
+    "export": Verb("kept samples to files that other programs load, or to the hub", ("run", "judge"), _export),
     "status": Verb("what is done, outdated or missing in the run directory", _ALL, _status),
     "convert": Verb(
         "the backbone (a GGUF file, say) to a Hugging Face directory; with --sae, an SAE to another program's form",
@@ -642,9 +642,9 @@ OPTIONS["plan"].update(
 OPTIONS["export"].update(
     {
         "format": (
-            "NAME: hf (any task; a data set folder with its card); of instructions trl_sft, llama_factory, alpaca_eval; "
-            "of preference pairs trl_reward, trl_preference, llama_factory, rewardbench; of two choices caa; of user "
-            "turns official_tsv"
+            "NAME: of any samples hf (a data set folder with its card); of instructions trl_sft, llama_factory, "
+            "alpaca_eval; of preference pairs trl_reward, trl_preference, llama_factory, rewardbench; of two choices "
+            "caa; of user turns official_tsv"
         ),
         "to": "FOLDER: the folder to write, which must be empty or absent; llama_factory also adds to one of its own",
         "name": "NAME: what LLaMA-Factory and AlpacaEval are to call the data set (default: fac_TASK)",

@@ -203,7 +203,7 @@ def _refusals(kept: Kept) -> str:
 
 def _limits(kept: Kept) -> str:
     rules = [
-        "All of it is written by a model: it may be wrong, narrow, or unlike what people write. Nobody read it through.",
+        "A model wrote all of it: it may be wrong, narrow, or unlike what people write. Nobody read it through.",
         "That a feature fires proves that this backbone sees something there, not that the text is good, or correctly "
         "labelled. Explanations of features are guesses.",
         "All samples carry one label, so a classifier needs others beside them. What is missing depends on the anchor, "

@@ -1,8 +1,8 @@
 """A written data set folder to the Hugging Face hub: closed first, filled, and opened last.
 
-The key is the one that huggingface_hub finds in the environment (HF_TOKEN); none is read or stored here. A data set
-about harm has access by hand switched on before anything is uploaded: the card says what access is for, the switch makes
-that hold.
+The key is the one that huggingface_hub finds in the environment (HF_TOKEN); none is read or stored here. For a data set
+about harm, access by hand is switched on before anything is uploaded: the card says what access is for, the switch
+makes that hold.
 """
 
 from __future__ import annotations
