@@ -264,7 +264,7 @@ def _stage(config: Config, verb: str, options: dict[str, str]) -> None:
         if verb == "finetune":
             raise UserError(
                 f"fac finetune trains a classifier, whose AUPRC is measured; samples of task {config.judge.task!r} are "
-                "for another kind of training, which is not here yet: take them from synthesis/kept.jsonl"
+                "for another kind of training, which is not here yet: `fac export` writes them for programs that do it"
             )
         if verb == "harvest" and config.train.activations == "live":
             raise UserError(
@@ -340,7 +340,7 @@ def _export(config: Config, verb: str, options: dict[str, str]) -> None:
     done = export(config, options["format"], Path(options["to"]), options.get("name"), hub)
     print(f"written: {done.folder} ({done.samples:,} samples): {', '.join(done.files)}")
     if done.address is not None:
-        print(f"pushed: {done.address}")
+        print(f"pushed: {done.address} ({'public' if 'public' in options else 'private'})")
 
 
 def _status(config: Config, verb: str, options: dict[str, str]) -> None:

@@ -6,9 +6,12 @@ What the programs' own loaders make of the files is tested in test_export_loader
 from __future__ import annotations
 
 import csv
+import inspect
 import io
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -25,15 +28,12 @@ from fac_jax.synthesis.export import export as module
 from fac_jax.synthesis.export.card import COLUMNS
 from fac_jax.synthesis.export.export import Hub, export, formats_for
 from fac_jax.synthesis.export.formats import FORMATS, official_tsv
+from fac_jax.synthesis.export.hub import push
 from fac_jax.synthesis.export.read import read_kept
+from tests.synthesis.hub_server import HubServer
 from tests.synthesis.kept_run import TASKS, kept_rows, make_awkward, make_run, rewrite
 
 ORIGIN = {"id", "feature", "peak", "generator", "prompt_digest", "seed"}
-
-
-@pytest.fixture
-def made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> Config:
-    return make_run(tmp_path, monkeypatch, getattr(request, "param", "toxicity"))
 
 
 def for_task(task: str) -> pytest.MarkDecorator:
@@ -364,29 +364,44 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> Calls:
         def dataset_info(self, repo: str) -> Any:
             return type("Info", (), {"private": calls.there == "private"})
 
-        def __getattr__(self, name: str) -> Any:
-            return lambda *given, **more: calls.append((name, more))
+        endpoint = "https://hub"
 
+        def __getattr__(self, name: str) -> Any:
+            takes = inspect.signature(getattr(real, name))
+
+            def called(*given: Any, **more: Any) -> None:
+                takes.bind(self, *given, **more)
+                calls.append((name, {key: value for key, value in more.items() if value is not None}))
+
+            return called
+
+    real = huggingface_hub.HfApi
     monkeypatch.setattr(huggingface_hub, "HfApi", Api)
     return calls
 
 
-def test_a_push_is_private_and_harm_is_gated_before_anything_is_sent(made: Config, hub: Calls, tmp_path: Path):
+def test_a_push_is_private(made: Config, hub: Calls, tmp_path: Path):
     done = export(made, "hf", tmp_path / "out", hub=Hub("me/mine"))
-    assert done.address == "https://huggingface.co/datasets/me/mine"
-    assert hub.names == ["create_repo", "update_repo_settings", "upload_folder"]
-    assert hub[0][1]["private"] is True and hub[1][1]["gated"] == "manual" and "private" not in hub[1][1]
-    assert hub[2][1]["folder_path"] == tmp_path / "out" and hub[2][1]["repo_type"] == "dataset"
+    assert done.address == "https://hub/datasets/me/mine"
+    assert hub.names == ["create_repo", "upload_folder"] and hub[0][1]["private"] is True
+    assert hub[1][1]["folder_path"] == tmp_path / "out" and hub[1][1]["repo_type"] == "dataset"
 
 
-def test_harm_is_public_only_when_that_was_said_and_then_last_and_gated(made: Config, hub: Calls, tmp_path: Path):
+def test_harm_is_public_only_when_that_was_said_and_opened_last_and_gated(made: Config, hub: Calls, tmp_path: Path):
     with pytest.raises(UserError, match="is about harm, so --public would .* add --publish-harmful if publishing"):
         export(made, "hf", tmp_path / "out", hub=Hub("me/mine", public=True))
     assert hub == [] and not (tmp_path / "out").exists()
     export(made, "hf", tmp_path / "out", hub=Hub("me/mine", public=True, publish_harmful=True))
-    assert hub.names == ["create_repo", "update_repo_settings", "upload_folder", "update_repo_settings"]
-    assert hub[1][1]["gated"] == "manual" and hub[3][1]["private"] is False
+    assert hub.names == ["create_repo", "upload_folder", "update_repo_settings"] and hub[0][1]["private"] is True
+    assert hub[2][1] == {"repo_type": "dataset", "private": False, "gated": "manual"}
     assert "extra_gated_prompt" in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_a_repository_that_everyone_sees_is_gated_before_harm_is_sent_there(made: Config, hub: Calls, tmp_path: Path):
+    hub.there = "public"
+    export(made, "hf", tmp_path / "out", hub=Hub("me/mine", public=True, publish_harmful=True))
+    assert hub.names == ["update_repo_settings", "upload_folder", "update_repo_settings"]
+    assert hub[0][1] == {"repo_type": "dataset", "gated": "manual"}
 
 
 @for_task("helpfulness")
@@ -421,6 +436,34 @@ def test_a_push_that_is_refused_asks_the_hub_nothing(
     with pytest.raises(UserError, match=words):
         export(made, form, tmp_path / "out", hub=asked)
     assert hub == [] and not (tmp_path / "out").exists()
+
+
+def test_the_hubs_own_client_sends_the_folder(made: Config, tmp_path: Path):
+    """To a hub on loopback, with the key of the environment; and says what a hub that takes nothing said."""
+    (tmp_path / "mine.yaml").write_text(f"run: {{dir: {tmp_path}}}\n")
+    out = tmp_path / "out"
+    flags = ["--format", "hf", "--to", str(out), "--push", "me/mine", "--public", "--publish-harmful"]
+    exporting = ["-m", "fac_jax.cli", "export", str(tmp_path / "mine.yaml"), *flags]
+    pushing = f"from pathlib import Path; from {push.__module__} import push; push(Path({str(out)!r}), 'me/mine', 0, 0)"
+    with HubServer() as server:
+        environment = {"HF_ENDPOINT": server.url, "HF_TOKEN": "hf_of_the_test", "HF_HUB_OFFLINE": "0"}
+
+        def python(*arguments: str) -> subprocess.CompletedProcess[str]:
+            return subprocess.run(
+                [sys.executable, *arguments], env=os.environ | environment, capture_output=True, text=True, timeout=140
+            )
+
+        done = python(*exporting)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.splitlines()[1] == f"pushed: {server.url}/datasets/me/mine (public)"
+        assert server.repository == {"visibility": "public", "gated": "manual"} and server.opened_last
+        assert server.keys == {"Bearer hf_of_the_test"}
+        for file in ("README.md", "data/train.jsonl"):
+            assert server.files[file] == (out / file).read_bytes()
+        server.repository, server.forbids = {}, True
+        last = python("-c", pushing).stderr.splitlines()[-1]
+    assert last.startswith("fac_jax.errors.UserError") and "the hub gave HfHubHTTPError for me/mine (403" in last
+    assert last.endswith("check the name and that HF_TOKEN may write there, and push again")
 
 
 def test_the_command_line_names_what_is_wrong(made: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]):

@@ -16,7 +16,7 @@ import pytest
 
 from fac_jax.config import Config
 from fac_jax.synthesis.export.export import export
-from tests.synthesis.kept_run import TASKS, kept_rows, make_awkward, make_run
+from tests.synthesis.kept_run import TASKS, kept_rows, make_awkward
 
 PROGRAM = Path(__file__).parent / "loaders_program.py"
 PYTHON = os.environ.get("EXPORT_LOADERS_PYTHON")
@@ -27,10 +27,9 @@ pytestmark = pytest.mark.skipif(
 
 
 @pytest.fixture
-def made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> Config:
-    config = make_run(tmp_path, monkeypatch, request.param)
-    make_awkward(config)
-    return config
+def made(made: Config) -> Config:
+    make_awkward(made)
+    return made
 
 
 def for_task(task: str) -> pytest.MarkDecorator:

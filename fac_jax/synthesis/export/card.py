@@ -20,6 +20,10 @@ GATE = (
     "training and testing detectors of such texts. By asking for access you say that you will use them for that only, "
     "that you will not train a model to write or to answer such texts, and that you will not publish them ungated."
 )
+GATE_HOLDS = (
+    "On the hub this gate holds only while access requests are switched on in the settings of the repository, as "
+    "`fac export --public --publish-harmful` does; whoever opens a private one by hand has to switch them on first."
+)
 USES = {
     "user turns": "training and testing classifiers of what people write to a chat assistant",
     "preference pair": "training and testing reward models, and preference optimisation",
@@ -83,7 +87,7 @@ def card(kept: Kept, columns: Sequence[str]) -> str:
         _limits(kept),
     ]
     if kept.harmful:
-        parts += ["## Access", f"{GATE} Share it only where access is granted person by person."]
+        parts += ["## Access", f"{GATE}\n\n{GATE_HOLDS}"]
     return "\n\n".join(parts) + "\n"
 
 
@@ -120,8 +124,8 @@ def _uses(kept: Kept) -> str:
         return f"{intended} It fills gaps of one seed set as one model sees them; it is no benchmark."
     return (
         f"{intended} Only for detectors of harm: to train one, or to test whether one finds such texts. Not for "
-        "training a model to write, answer or carry out such requests. There are user messages only and no answers to "
-        "them, neither here nor in the run that this was made from."
+        "training a model to write, answer or carry out such requests. There are user messages only, and no answers to "
+        "them."
     )
 
 
