@@ -51,8 +51,8 @@ fac_install_loaders() {
   LOADERS_PYTHON="$ROOT/.venv/loaders/bin/python"
 }
 
-# Makes the environment .venv/NAME, once, from launch/LIST.txt and launch/LIST-bare.txt. Those of the second list would bring
-# gigabytes that nothing here uses, or do not agree with the first: they come without what they ask for.
+# fac_install_apart NAME LIST: the environment .venv/NAME, once, from this folder's LIST.txt and LIST-bare.txt. Those of the
+# second would bring gigabytes that nothing here uses, or do not agree with the first: they come without what they ask for.
 fac_install_apart() {
   local apart="$ROOT/.venv/$1" list="$ROOT/launch/$2.txt" bare="$ROOT/launch/$2-bare.txt" wanted
   wanted="$(cat "$list" "$bare" | sha256sum)"

@@ -305,6 +305,15 @@ def test_a_damaged_run_is_named_with_file_and_line(made: Config, tmp_path: Path)
         kept.write_text(whole + broken)
         with pytest.raises(UserError, match=r"kept.jsonl:8 is no kept sample \(.*: restore the file, or delete"):
             export(made, "hf", tmp_path / "out")
+    kept.write_bytes(b"\xff")
+    with pytest.raises(UserError, match="kept.jsonl cannot be read .UnicodeDecodeError"):
+        export(made, "hf", tmp_path / "out")
+    (tmp_path / "synthesis" / "samples.parquet").write_text("no table")
+    with pytest.raises(UserError, match="samples.parquet cannot be read .ArrowInvalid"):
+        export(made, "hf", tmp_path / "out")
+    (tmp_path / "synthesis" / "samples.parquet").unlink()
+    with pytest.raises(UserError, match="samples.parquet cannot be read .FileNotFoundError"):
+        export(made, "hf", tmp_path / "out")
 
 
 def test_a_folder_with_something_in_it_is_left_alone(made: Config, tmp_path: Path):

@@ -2,6 +2,13 @@
 
 Needs an interpreter with those programs, named by EXPORT_LOADERS_PYTHON: `bash launch/test-exports.sh` makes one and
 runs this. The runs are those of the toy world; every field of every row is then an awkward text.
+
+All programs share one environment, with the versions that TRL of today asks for. LLaMA-Factory 0.9.5 declares older
+ones and torchaudio, RewardBench 0.1.4 pins transformers 4.51: loaders_program.py puts an empty module in place of what
+they import and do not use here. By hand, on 2026-11-26, both also passed with versions that they declare: LLaMA-Factory
+with transformers 5.6, trl 0.24 and datasets 4.0 (without torchaudio), RewardBench, whole, with transformers 4.51
+and datasets 3.6. Of CAA and of the paper's code there is no package: what their published readers do is done there in
+a few lines of our own.
 """
 
 from __future__ import annotations

@@ -13,10 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 
 from fac_jax.config import Config
-from fac_jax.errors import UserError
+from fac_jax.errors import UserError, first_line
 from fac_jax.features.task import Task, load_task
 from fac_jax.runs import Record, read_record
 from fac_jax.scan.parts import Identity, read_identity
@@ -100,22 +101,36 @@ def _rows(folder: Path) -> list[Row]:
     candidates = _by_id(folder / "candidates.parquet", ["id", "model"])
     rows: list[Row] = []
     # Not splitlines: it would also split at characters that JSON leaves as they are, such as U+2028.
-    for number, line in enumerate(file.read_text(encoding="utf-8").split("\n"), 1):
+    for number, line in enumerate(_text(file).split("\n"), 1):
         if not line:
             continue
         try:
             row = json.loads(line)
             rows.append({**row, **samples[row["id"]], "model": candidates[row["id"]]["model"]})
         except (ValueError, KeyError, TypeError) as error:
-            raise UserError(
-                f"{file}:{number} is no kept sample ({type(error).__name__}: {error}): restore the file, or delete "
-                f"{folder / 'stage.json'} and run `fac synthesize CONFIG` again (no reply is lost)"
-            ) from None
+            raise _damaged(file, f":{number} is no kept sample", error) from None
     return rows
 
 
+def _text(file: Path) -> str:
+    try:
+        return file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise _damaged(file, " cannot be read", error) from None
+
+
 def _by_id(file: Path, columns: list[str]) -> dict[str, Row]:
-    return {row["id"]: row for row in pq.read_table(file, columns=columns).to_pylist()}
+    try:
+        return {row["id"]: row for row in pq.read_table(file, columns=columns).to_pylist()}
+    except (OSError, pa.ArrowException) as error:
+        raise _damaged(file, " cannot be read", error) from None
+
+
+def _damaged(file: Path, what: str, error: Exception) -> UserError:
+    return UserError(
+        f"{file}{what} ({type(error).__name__}: {first_line(error)}): restore the file, or delete "
+        f"{file.parent / 'stage.json'} and run `fac synthesize CONFIG` again (no reply is lost)"
+    )
 
 
 def _nothing_kept(folder: Path, record: Record) -> str:
