@@ -9,6 +9,7 @@ dataset_info.json gets one more data set. Refuses before anything is written or 
 
 from __future__ import annotations
 
+import errno
 import json
 import re
 from collections.abc import Mapping
@@ -66,7 +67,9 @@ def export(config: Config, form: str, to: Path, name: str | None = None, hub: Hu
     files = FORMATS[form].files(kept, name)
     try:
         _write(to, files, merge=form == "llama_factory")
-    except (PermissionError, NotADirectoryError, FileExistsError) as error:
+    except OSError as error:
+        if error.errno == errno.ENOSPC:
+            raise
         raise UserError(f"{to} cannot be written ({error.strerror}); choose another --to") from None
     address = None if hub is None else push(to, hub.repository, hub.public, gated=kept.harmful)
     return Exported(to, tuple(files), len(kept.rows), address)
@@ -103,7 +106,7 @@ def _check_hub(kept: Kept, form: str, hub: Hub) -> None:
     if kept.harmful and hub.public and not hub.publish_harmful:
         raise UserError(
             f"task {kept.task.name!r} is about harm, so --public would let anyone find these texts: push without it "
-            "(private, access by hand), or add --publish-harmful if publishing them is what you mean to do"
+            "(private), or add --publish-harmful if publishing them is what you mean to do"
         )
 
 
