@@ -264,7 +264,7 @@ def _stage(config: Config, verb: str, options: dict[str, str]) -> None:
         if verb == "finetune":
             raise UserError(
                 f"fac finetune trains a classifier, whose AUPRC is measured; samples of task {config.judge.task!r} are "
-                "for another kind of training, which is not here yet: take them from synthesis/kept.jsonl"
+                "for another kind of training, which is not here yet: `fac export` writes them for programs that do it"
             )
         if verb == "harvest" and config.train.activations == "live":
             raise UserError(
@@ -341,6 +341,24 @@ def _samples(config: Config, verb: str, options: dict[str, str]) -> None:
     if "out" in options:
         write_text(Path(options["out"]), json.dumps(to_plain(story), indent=1))
         print(f"written: {options['out']}")
+
+
+def _export(config: Config, verb: str, options: dict[str, str]) -> None:
+    """The kept samples as another program's files."""
+    from fac_jax.synthesis.export.export import Hub, export
+
+    for needed in ("format", "to"):
+        if needed not in options:
+            raise UserError(f"fac export needs --{needed} {OPTIONS['export'][needed]}")
+    if "push" not in options and (
+        asked := next((flag for flag in ("public", "publish-harmful") if flag in options), "")
+    ):
+        raise UserError(f"--{asked} says who may see what --push OWNER/NAME uploads, and there is no --push")
+    hub = Hub(options["push"], "public" in options, "publish-harmful" in options) if "push" in options else None
+    done = export(config, options["format"], Path(options["to"]), options.get("name"), hub)
+    print(f"written: {done.folder} ({done.samples:,} samples): {', '.join(done.files)}")
+    if done.address is not None:
+        print(f"pushed: {done.address} ({'public' if 'public' in options else 'private'})")
 
 
 def _status(config: Config, verb: str, options: dict[str, str]) -> None:
@@ -593,6 +611,7 @@ VERBS = {
         "`fac samples list CONFIG`, `fac samples show CONFIG SAMPLE`: what was kept, and all that proves one",
         *(("run", "coverage"), _samples, True, ("list", "show")),
     ),
+    "export": Verb("kept samples to files that other programs load, or to the hub", ("run", "judge"), _export),
     "status": Verb("what is done, outdated or missing in the run directory", _ALL, _status),
     "convert": Verb(
         "the backbone (a GGUF file, say) to a Hugging Face directory; with --sae, an SAE to another program's form",
@@ -642,6 +661,20 @@ OPTIONS["plan"].update(
         "out": "FILE: a JSON file to write",
     }
 )
+OPTIONS["export"].update(
+    {
+        "format": (
+            "NAME: of any samples hf (a data set folder with its card); of instructions trl_sft, llama_factory, "
+            "alpaca_eval; of preference pairs trl_reward, trl_preference, llama_factory, rewardbench; of two choices "
+            "caa; of user turns official_tsv"
+        ),
+        "to": "FOLDER: the folder to write, which must be empty or absent; llama_factory also adds to one of its own",
+        "name": "NAME: what LLaMA-Factory and AlpacaEval are to call the data set (default: fac_TASK)",
+        "push": "OWNER/NAME: with hf, also upload it to the hub, private; the key is HF_TOKEN's",
+        "public": "with --push: everyone may see it",
+        "publish-harmful": "with --public: also what a task about harm wrote, behind a gate with access by hand",
+    }
+)
 OPTIONS["samples"]["out"] = "FILE: with show, a JSON file to write, texts included"
 for _showing in ("run", "report", "samples"):
     OPTIONS[_showing]["show-unsafe"] = (
@@ -652,7 +685,7 @@ for _asking in ("run", "explain", "judge", "synthesize"):
     OPTIONS[_asking]["max-cost"] = "MONEY: short for --llm.max-cost, what the run directory may spend on answers"
     OPTIONS[_asking]["max-tokens"] = "N: short for --llm.max-tokens, read and written"
 SHORT = {"--max-cost": "--llm.max-cost", "--max-tokens": "--llm.max-tokens", "--select.from": "--select.source"}
-FLAGS = ("search", "dry-run", "show-unsafe")
+FLAGS = ("search", "dry-run", "show-unsafe", "public", "publish-harmful")
 """Options that take no value."""
 
 

@@ -39,20 +39,31 @@ fac_install() {
   fi
 }
 
-# What the benchmarks measure against, in an environment of its own, .venv/peers, once; its interpreter is then
-# $PEERS_PYTHON. Those of the second list would bring gigabytes that nothing here uses: they come without what they ask for.
+# What the benchmarks measure against, in an environment of its own, .venv/peers; its interpreter is then $PEERS_PYTHON.
 fac_install_peers() {
-  local peers="$ROOT/.venv/peers" list="$ROOT/launch/bench-peers.txt" bare="$ROOT/launch/bench-peers-bare.txt" wanted
-  PEERS_PYTHON="$peers/bin/python"
+  fac_install_apart peers bench-peers
+  PEERS_PYTHON="$ROOT/.venv/peers/bin/python"
+}
+
+# The programs that exports are for, in .venv/loaders (1.7 GB); its interpreter is then $LOADERS_PYTHON.
+fac_install_loaders() {
+  fac_install_apart loaders export-loaders
+  LOADERS_PYTHON="$ROOT/.venv/loaders/bin/python"
+}
+
+# fac_install_apart NAME LIST: the environment .venv/NAME, once, from this folder's LIST.txt and LIST-bare.txt. Those of the
+# second would bring gigabytes that nothing here uses, or do not agree with the first: they come without what they ask for.
+fac_install_apart() {
+  local apart="$ROOT/.venv/$1" list="$ROOT/launch/$2.txt" bare="$ROOT/launch/$2-bare.txt" wanted
   wanted="$(cat "$list" "$bare" | sha256sum)"
-  if [ "$(cat "$peers/installed" 2>/dev/null)" != "$wanted" ]; then
-    echo "installing the peers into .venv/peers" >&2
-    "${PYTHON:-python3}" -m venv --clear "$peers"
-    "$PEERS_PYTHON" -m pip install --quiet --disable-pip-version-check --requirement "$list"
-    "$PEERS_PYTHON" -m pip install --quiet --disable-pip-version-check --no-deps --requirement "$bare"
+  if [ "$(cat "$apart/installed" 2>/dev/null)" != "$wanted" ]; then
+    echo "installing launch/$2.txt into .venv/$1" >&2
+    "${PYTHON:-python3}" -m venv --clear "$apart"
+    "$apart/bin/python" -m pip install --quiet --disable-pip-version-check --requirement "$list"
+    "$apart/bin/python" -m pip install --quiet --disable-pip-version-check --no-deps --requirement "$bare"
     # A torchvision that does not belong to this torch breaks every import of transformers; nothing here needs one.
-    "$PEERS_PYTHON" -m pip uninstall --quiet --yes torchvision
-    echo "$wanted" > "$peers/installed"
+    "$apart/bin/python" -m pip uninstall --quiet --yes torchvision
+    echo "$wanted" > "$apart/installed"
   fi
 }
 

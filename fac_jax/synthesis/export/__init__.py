@@ -1,0 +1,1 @@
+"""`fac export`: kept samples as data sets that other programs load, and on the hub."""
