@@ -154,11 +154,15 @@ def _common_length(bodies: Sequence[tuple[int, ...]]) -> int:
 
 
 def _cache_size(tokens: int, shared: int, longest: int) -> int:
-    """Smallest of 64, 128, 192, 256, 384, 512, 768, ... that holds `tokens` and every whole chunk of the prompts."""
+    """Positions that hold `tokens` and every whole chunk of the prompts."""
     chunks = shared + math.ceil((longest - shared) / PREFILL_TOKENS) * PREFILL_TOKENS
-    need = max(tokens, chunks, math.ceil(shared / PREFILL_TOKENS) * PREFILL_TOKENS)
-    power = 2 ** max(6, math.ceil(math.log2(need)))
-    return power * 3 // 4 if need <= power * 3 // 4 and power >= 256 else power
+    return padded_size(max(tokens, chunks, math.ceil(shared / PREFILL_TOKENS) * PREFILL_TOKENS))
+
+
+def padded_size(tokens: int) -> int:
+    """Smallest of 64, 128, 192, 256, 384, 512, 768, ... that is no less than `tokens`: few sizes, few compilations."""
+    power = 2 ** max(6, math.ceil(math.log2(tokens)))
+    return power * 3 // 4 if tokens <= power * 3 // 4 and power >= 256 else power
 
 
 def _empty_rows(slots: int, size: int) -> Rows:
