@@ -548,8 +548,16 @@ class SynthesizeConfig:
     """Nucleus (paper: 0.9)."""
     max_new_tokens: int = 900
     """Tokens a candidate may take (paper: 900)."""
+    steer: tuple[float, ...] = ()
+    """Embedded writer only: strengths that candidates take in turn, as multiples of the feature's anchor peak. So much
+    of its direction is added while the text is written (0: none); later attempts go higher, or lower where what was
+    written is no sample. Empty: by prompting alone."""
 
     def __post_init__(self) -> None:
+        check(
+            all(math.isfinite(strength) and strength >= 0 for strength in self.steer),
+            f"synthesize.steer is {self.steer}; strengths must be 0 or more",
+        )
         least = {"candidates": 1, "attempts": 1, "second_step": 0, "keep_per_feature": 1, "max_new_tokens": 8}
         for name, floor in least.items():
             check(
@@ -711,6 +719,13 @@ class Config:
     finetune: FinetuneConfig = FinetuneConfig()
     llm: LlmConfig = LlmConfig()
     sidecar: SidecarConfig = SidecarConfig()
+
+    def __post_init__(self) -> None:
+        check(
+            not self.synthesize.steer or self.llm.url is None,
+            f"synthesize.steer is {self.synthesize.steer} and llm.url {self.llm.url}: only the embedded writer can be "
+            "steered; leave out synthesize.steer, or set llm.url to null",
+        )
 
     @property
     def harvested_layers(self) -> tuple[int, ...]:

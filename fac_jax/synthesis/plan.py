@@ -77,10 +77,10 @@ def make_plan(config: Config, anchor: Scan, seed: Scan, inputs: Mapping[str, Pat
     task = load_task(config.judge.task)
     missing = pq.read_table(inputs["coverage"] / "missing.parquet", columns=["feature", "anchor_peak"]).to_pylist()
     missing.sort(key=lambda row: (-row["anchor_peak"], row["feature"]))
-    features = [row["feature"] for row in missing]
+    peaks = {row["feature"]: row["anchor_peak"] for row in missing}
     texts = anchor.documents("text")["text"].to_pylist()
     return Plan(
-        missing=read_targets(features, anchor, texts, inputs["explanations"], task.description.sample),
+        missing=read_targets(peaks, anchor, texts, inputs["explanations"], task.description.sample),
         known=frozenset(normalised(text) for text in (*texts, *seed.documents("text")["text"].to_pylist())),
         step1=load_prompt(task, "contrast"),
         step2=load_prompt(task, "cover"),
@@ -93,25 +93,25 @@ def make_plan(config: Config, anchor: Scan, seed: Scan, inputs: Mapping[str, Pat
 
 
 def read_targets(
-    features: Sequence[int], anchor: Scan, texts: Sequence[str], explanations: Path, shape: SampleShape
+    peaks: Mapping[int, float], anchor: Scan, texts: Sequence[str], explanations: Path, shape: SampleShape
 ) -> tuple[Target, ...]:
-    """What each feature is about, and anchor texts that activate it.
+    """What each feature is about, and anchor texts that activate it; `peaks` holds their anchor peaks, in order.
 
     A sample carries the task's label, so texts that carry it too are shown before the others.
     """
     columns = ["feature", "explanation", "fires_on"]
     table = pq.read_table(explanations / "explanations.parquet", columns=columns).to_pylist()
     explained = {row["feature"]: row for row in table}
-    spans = anchor.features("spans")["spans"].take(pa.array(features, pa.int64())).to_pylist()
+    spans = anchor.features("spans")["spans"].take(pa.array(list(peaks), pa.int64())).to_pylist()
     positive_n = anchor.labels_n > POSITIVE_ABOVE
     targets = []
-    for feature, shown in zip(features, spans, strict=True):
+    for (feature, peak), shown in zip(peaks.items(), spans, strict=True):
         shown.sort(key=lambda span: positive_n[span["document"]] != (shape.label > POSITIVE_ABOVE))
         examples = [
             Example(_example_text(span, texts[span["document"]]), span["score"], anchor=True)
             for span in shown[:EXAMPLES]
         ]
-        targets.append(Target(feature, about(explained.get(feature, {}), shown), tuple(examples)))
+        targets.append(Target(feature, about(explained.get(feature, {}), shown), tuple(examples), peak))
     return tuple(targets)
 
 
