@@ -112,8 +112,6 @@ class HttpGenerator:
         self, requests: Sequence[Request], on_reply: OnReply | None = None, about: Sequence[str] | None = None
     ) -> list[Reply]:
         """See `Generator.generate`. Raises UserError also when a limit of the ledger or `llm.deadline_s` is reached."""
-        if any(request.steer is not None for request in requests):
-            raise UserError(f"{self.name} cannot be steered: only the embedded writer can (llm.url: null)")
         if not requests:
             return []
         return asyncio.run(self._generate(requests, on_reply, about or [""] * len(requests)))

@@ -64,7 +64,7 @@ def test_no_more_than_concurrency_requests_are_open():
 def test_a_steered_request_is_refused_before_anything_is_sent():
     steered = Request(({"role": "user", "content": "a"},), 4, steer=Steer(3, 2.0))
     with FakeServer() as server:
-        with pytest.raises(UserError, match="http:fake-model cannot be steered: only the embedded writer can"):
+        with pytest.raises(UserError, match="a server cannot be steered: only the embedded writer can .llm.url: null"):
             generator(server).generate([*requests(1), steered])
         assert not server.bodies and not server.probes
 
