@@ -548,8 +548,16 @@ class SynthesizeConfig:
     """Nucleus (paper: 0.9)."""
     max_new_tokens: int = 900
     """Tokens a candidate may take (paper: 900)."""
+    steer: tuple[float, ...] = ()
+    """Embedded writer only: strengths that candidates take in turn, as multiples of the feature's anchor peak. So much
+    of its direction is added while the text is written (0: none); later attempts go higher, or lower where what was
+    written is no sample. Empty: by prompting alone."""
 
     def __post_init__(self) -> None:
+        check(
+            all(math.isfinite(strength) and strength >= 0 for strength in self.steer),
+            f"synthesize.steer is {self.steer}; strengths must be 0 or more",
+        )
         least = {"candidates": 1, "attempts": 1, "second_step": 0, "keep_per_feature": 1, "max_new_tokens": 8}
         for name, floor in least.items():
             check(
@@ -585,6 +593,8 @@ class ArmConfig:
     """synthesize.keep_per_feature."""
     temperature: float | None = None
     """synthesize.temperature."""
+    steer: tuple[float, ...] | None = None
+    """synthesize.steer. Where an arm has it, every arm's fluency is measured."""
     threshold: float | None = None
     """coverage.threshold: also of what is missing, and so of what is written for."""
     samples: str | None = None
@@ -816,6 +826,16 @@ class Config:
     finetune: FinetuneConfig = FinetuneConfig()
     llm: LlmConfig = LlmConfig()
     sidecar: SidecarConfig = SidecarConfig()
+
+    def __post_init__(self) -> None:
+        steered = {"synthesize.steer": self.synthesize.steer}
+        steered |= {f"ablation.arms.{name}.steer": arm.steer or () for name, arm in self.ablation.arms.items()}
+        for name, strengths in steered.items():
+            check(
+                not strengths or self.llm.url is None,
+                f"{name} is {strengths} and llm.url {self.llm.url}: only the embedded writer can be steered; leave out "
+                f"{name}, or set llm.url to null",
+            )
 
     @property
     def harvested_layers(self) -> tuple[int, ...]:

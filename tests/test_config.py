@@ -104,6 +104,16 @@ def test_yaml_1_1_floats_such_as_1e_3_are_numbers() -> None:
     assert from_plain(Config, {"train": {"learning_rate": "1e-3"}}, "c").train.learning_rate == 1e-3
 
 
+def test_only_the_embedded_writer_is_steered() -> None:
+    plain = {"synthesize": {"steer": [0, 1.5]}, "llm": {"url": "http://127.0.0.1:9/v1"}}
+    with pytest.raises(UserError, match=r"synthesize.steer is \(0.0, 1.5\) and llm.url http.*set llm.url to null"):
+        from_plain(Config, plain, "c")
+    assert from_plain(Config, {"synthesize": plain["synthesize"]}, "c").synthesize.steer == (0.0, 1.5)
+    for bad in (-1.0, float("nan"), float("inf")):
+        with pytest.raises(UserError, match=r"synthesize.steer is \(.*\); strengths must be 0 or more"):
+            from_plain(Config, {"synthesize": {"steer": [bad]}}, "c")
+
+
 def test_perturbing_any_field_changes_the_digest() -> None:
     config = load_config(ROOT / "configs/quickstart.yaml")
     seen = {digest(config)}

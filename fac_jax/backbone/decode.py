@@ -1,6 +1,7 @@
 """The device half of generation: a key-value cache that chunks of prompts enter, and the decoding loop.
 
-Reads a whole backbone; writes nothing. Everything here is a pure function of arrays and compiles once per cache size.
+Reads a whole backbone; writes nothing. Everything here is a pure function of arrays and compiles once per cache size,
+and once more where a row is steered: a vector of its own is then added to the residual of every token it is fed.
 Blocks are unrolled, not scanned: on CPU a scan copies every block's weights out of the stack at every step, which takes
 two to five times as long as the step itself. That needs each block's weights as arrays of their own: a second copy.
 """
@@ -49,6 +50,15 @@ class Sampling(NamedTuple):
     stop_ids: Int[Any, " n"]
 
 
+class Steering(NamedTuple):
+    """What is added to the residual of the tokens that are fed."""
+
+    layer: int
+    """Blocks applied before it is added; static."""
+    vector_bd: Float[Any, "b d"]
+    """Zeros for a row that is not steered."""
+
+
 @dataclass(frozen=True)
 class Decoder:
     """Compiled functions over one backbone's parameters."""
@@ -59,8 +69,9 @@ class Decoder:
     """(cache, tokens [b, PREFILL_TOKENS], start): the tokens take the positions from start on. Donates the cache."""
     insert: Callable[[Cache, Cache, int, int], Cache]
     """(cache, prefilled, slot, row): the row of `prefilled` becomes the slot of `cache`, which is donated."""
-    decode: Callable[[Cache, Rows, Sampling, int, bool], tuple[Cache, Rows]]
-    """(cache, rows, sampling, keep, greedy): steps until no more than `keep` rows go on. Donates the cache."""
+    decode: Callable[[Cache, Rows, Sampling, int, bool, int | None, Any], tuple[Cache, Rows]]
+    """(cache, rows, sampling, keep, greedy, layer, steer [b, d]): steps until no more than `keep` rows go on. `steer`
+    is added after `layer` blocks; both are None where no row is steered. Donates the cache."""
 
 
 def make_decoder(loaded: Loaded) -> Decoder:
@@ -91,13 +102,22 @@ def make_decoder(loaded: Loaded) -> Decoder:
         return jax.lax.with_sharding_constraint(jax.tree.map(copy, cache, prefilled), shared)
 
     def run(
-        cache: Cache, rows: Rows, sampling: Sampling, keep: Array, greedy: bool, state: Any, blocks: list[Tree]
+        cache: Cache,
+        rows: Rows,
+        sampling: Sampling,
+        keep: Array,
+        greedy: bool,
+        layer: int | None,
+        steer_bd: Array | None,
+        state: Any,
+        blocks: list[Tree],
     ) -> tuple[Cache, Rows]:
-        cache, rows = decode(nnx.merge(graph, state), blocks, cache, rows, sampling, keep, greedy)
+        steer = None if layer is None or steer_bd is None else Steering(layer, steer_bd)
+        cache, rows = decode(nnx.merge(graph, state), blocks, cache, rows, sampling, keep, greedy, steer)
         return jax.lax.with_sharding_constraint(cache, shared), jax.lax.with_sharding_constraint(rows, sharding(mesh))
 
     compiled_prefill = jax.jit(prefill, donate_argnums=0)
-    compiled_run = jax.jit(run, donate_argnums=0, static_argnums=4)
+    compiled_run = jax.jit(run, donate_argnums=0, static_argnums=(4, 5))
     return Decoder(
         empty_cache=empty_cache,
         prefill=lambda cache, tokens_bt, start: compiled_prefill(cache, tokens_bt, start, state, blocks),
@@ -112,9 +132,14 @@ def _take(stacked: Tree, i: Array) -> Tree:
 
 
 def extend(
-    model: Backbone, blocks: list[Tree], cache: Cache, tokens_bt: Int[Array, "b t"], start: Int[Array, "..."]
+    model: Backbone,
+    blocks: list[Tree],
+    cache: Cache,
+    tokens_bt: Int[Array, "b t"],
+    start: Int[Array, "..."],
+    steer: Steering | None = None,
 ) -> tuple[Float[Array, "b t d"], Cache]:
-    """Feed tokens that take the positions from `start` on (one for all rows, or one a row and t = 1).
+    """Feed tokens that take the positions from `start` on (one for all rows, or one a row and t = 1), all steered.
 
     Returns the last block's residual and the cache with their keys and values. A token sees every position up to its
     own, so whatever lies beyond must be overwritten before it is reached.
@@ -123,7 +148,7 @@ def extend(
     positions_bt = jnp.broadcast_to(jnp.reshape(start, (-1, 1)) + jnp.arange(t), (b, t))
     back_bts = positions_bt[:, :, None] - jnp.arange(cache[0][0].shape[-1])
     x_btd, kept = embed(model, tokens_bt), []
-    for block, (keys, values) in zip(blocks, cache, strict=True):
+    for applied, (block, (keys, values)) in enumerate(zip(blocks, cache, strict=True), 1):
 
         def attend(
             q: Array, k: Array, v: Array, block: Tree = block, keys: Array = keys, values: Array = values
@@ -133,6 +158,8 @@ def extend(
             return attention(q, _floats(keys, k.dtype), _floats(values, v.dtype), mask_bts), (keys, values)
 
         x_btd, pair = apply_block(model.config, block, x_btd, positions_bt, attend)
+        if steer is not None and applied == steer.layer:
+            x_btd = x_btd + steer.vector_bd[:, None]
         kept.append(pair)
     return x_btd, tuple(kept)
 
@@ -156,11 +183,19 @@ def _write(cache: Array, new: Array, start: Array, axis: int) -> Array:
 
 
 def decode(
-    model: Backbone, blocks: list[Tree], cache: Cache, rows: Rows, sampling: Sampling, keep: Array, greedy: bool
+    model: Backbone,
+    blocks: list[Tree],
+    cache: Cache,
+    rows: Rows,
+    sampling: Sampling,
+    keep: Array,
+    greedy: bool,
+    steer: Steering | None = None,
 ) -> tuple[Cache, Rows]:
     """Step all rows until no more than `keep` of them go on, or STEPS_PER_CALL steps are done.
 
-    A row is done with a stop token or at `end_b`; it then stays as it is, though it is computed along.
+    A row is done with a stop token or at `end_b`; it then stays as it is, though it is computed along. The first token
+    fed is a prompt's last, so steering begins with it: its residual yields the first new token.
     """
     numbers = jnp.arange(rows.done_b.shape[0])
 
@@ -170,7 +205,8 @@ def decode(
 
     def advance(carry: tuple[Array, Cache, Rows]) -> tuple[Array, Cache, Rows]:
         step, cache, rows = carry
-        x_btd, cache = extend(model, blocks, cache, rows.tokens_bs[numbers, rows.index_b][:, None], rows.index_b)
+        fed_b1 = rows.tokens_bs[numbers, rows.index_b][:, None]
+        x_btd, cache = extend(model, blocks, cache, fed_b1, rows.index_b, steer)
         next_b = rows.index_b + 1
         logits_bv = logits(model, x_btd)[:, 0]
         if greedy:

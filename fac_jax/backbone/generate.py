@@ -8,15 +8,19 @@ Reads a whole backbone (`load_backbone(..., layers=None)`) and token ids; writes
   the cache in chunks of one shape, so the number of compilations does not depend on their lengths: two per cache size.
 - A row's randomness comes from its own seed and its own count of tokens; its neighbours only share the arithmetic. The
   same call gives the same tokens; another mix of prompts may round a logit differently, and so turn a near tie.
+- A prompt may be steered: a vector is added to the residual of its last token and of every token after it. Prompts that
+  begin alike share their cache all the same, as what lies in it is not steered.
 """
 
 import math
 from collections import deque
 from collections.abc import Callable, Collection, Iterator, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Float
 
 from fac_jax.backbone.decode import PREFILL_TOKENS, Cache, Decoder, Rows, Sampling, make_decoder
 from fac_jax.backbone.weights import Loaded
@@ -37,17 +41,21 @@ def generate(
     batch: int,
     stop_ids: Collection[int],
     on_done: Callable[[int, list[int]], None] | None = None,
+    steer: Sequence[Float[np.ndarray, " d"] | None] | None = None,
+    layer: int | None = None,
 ) -> list[list[int]]:
     """Continue every prompt; the answer lists new tokens only, in the order of `prompts`, without the stop token.
 
     A continuation shorter than `max_new_tokens` was ended by one of `stop_ids`. Temperature 0 takes the most probable
     token. `seeds` (one a prompt, taken modulo 2^32) fix the sampling; `batch` slots decode together; `on_done`
-    is told each continuation as it ends.
+    is told each continuation as it ends. `steer` (one a prompt, None: not steered) is added after `layer` blocks from
+    the prompt's last token on.
 
     Raises UserError for a backbone loaded only in part, an empty prompt, an id outside the vocabulary, lists of
     different lengths, settings out of range, and a prompt that does not leave room for `max_new_tokens`.
     """
     _check(loaded, prompts, max_new_tokens, temperature, top_p, seeds, batch)
+    steer_nd = _steering(loaded, len(prompts), steer, layer)
     if not prompts or not max_new_tokens:
         return [[] for _ in prompts]
     bodies = [tuple(prompt[:-1]) for prompt in prompts]
@@ -70,7 +78,10 @@ def generate(
                 _seat(rows, slot, prompts[request], max_new_tokens, seeds[request])
                 owner[slot], left = request, left - 1
         keep = slots - max(1, slots // 4) if left else 0
-        cache, out = decoder.decode(cache, rows, sampling, keep, temperature == 0)
+        steering: tuple[Any, Any] = (None, None)
+        if steer_nd is not None:  # an empty slot may have anybody's vector
+            steering = layer, steer_nd[[request or 0 for request in owner]]
+        cache, out = decoder.decode(cache, rows, sampling, keep, temperature == 0, *steering)
         rows = Rows(*(np.array(value) for value in out))
         for slot, served in enumerate(owner):
             if served is not None and rows.done_b[slot]:
@@ -113,6 +124,29 @@ def _check(
             )
 
 
+def _steering(
+    loaded: Loaded, prompts: int, steer: Sequence[Float[np.ndarray, " d"] | None] | None, layer: int | None
+) -> Float[np.ndarray, "n d"] | None:
+    """A vector for every prompt, zeros where it is not steered; None where none is."""
+    if steer is None or all(vector_d is None for vector_d in steer):
+        return None
+    if len(steer) != prompts:
+        raise UserError(f"{prompts} prompts came with {len(steer)} vectors to steer by; give one, or None, to each")
+    most, width = loaded.config.n_layers, loaded.config.d_model
+    if layer is None or not 1 <= layer <= most:
+        raise UserError(f"steering after {layer} blocks was asked for; the model has blocks 1 to {most}")
+    steer_nd = np.zeros((prompts, width), np.float32)
+    for number, vector_d in enumerate(steer):
+        if vector_d is not None:
+            if vector_d.shape != (width,) or not np.isfinite(vector_d).all():
+                raise UserError(
+                    f"prompt {number} is steered by a vector of shape {vector_d.shape}; it must hold {width} finite "
+                    "numbers, the model's width"
+                )
+            steer_nd[number] = vector_d
+    return steer_nd
+
+
 def _common_length(bodies: Sequence[tuple[int, ...]]) -> int:
     """Tokens that all prompts begin with: those of the first and the last in sorted order."""
     low, high = min(bodies), max(bodies)
@@ -120,11 +154,15 @@ def _common_length(bodies: Sequence[tuple[int, ...]]) -> int:
 
 
 def _cache_size(tokens: int, shared: int, longest: int) -> int:
-    """Smallest of 64, 128, 192, 256, 384, 512, 768, ... that holds `tokens` and every whole chunk of the prompts."""
+    """Positions that hold `tokens` and every whole chunk of the prompts."""
     chunks = shared + math.ceil((longest - shared) / PREFILL_TOKENS) * PREFILL_TOKENS
-    need = max(tokens, chunks, math.ceil(shared / PREFILL_TOKENS) * PREFILL_TOKENS)
-    power = 2 ** max(6, math.ceil(math.log2(need)))
-    return power * 3 // 4 if need <= power * 3 // 4 and power >= 256 else power
+    return padded_size(max(tokens, chunks, math.ceil(shared / PREFILL_TOKENS) * PREFILL_TOKENS))
+
+
+def padded_size(tokens: int) -> int:
+    """Smallest of 64, 128, 192, 256, 384, 512, 768, ... that is no less than `tokens`: few sizes, few compilations."""
+    power = 2 ** max(6, math.ceil(math.log2(tokens)))
+    return power * 3 // 4 if tokens <= power * 3 // 4 and power >= 256 else power
 
 
 def _empty_rows(slots: int, size: int) -> Rows:

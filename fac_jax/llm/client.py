@@ -8,7 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+
+import numpy as np
+from jaxtyping import Float, Float32
 
 from fac_jax.config import Config
 
@@ -16,6 +19,25 @@ if TYPE_CHECKING:
     from jax.sharding import Mesh
 
 Message = dict[str, str]
+
+
+@dataclass(frozen=True)
+class Steer:
+    """Write as if a feature of the SAE were active: what decoding it adds is added while the reply is written."""
+
+    feature: int
+    strength: float
+    """Activation that is added: the feature's decoder row, times this, joins the residual."""
+
+
+@dataclass(frozen=True)
+class Directions:
+    """An SAE as a writer needs it, to be steered."""
+
+    layer: int
+    """Blocks applied before what it reads, and before what is added."""
+    rows: Callable[[Sequence[int]], Float[np.ndarray, "n d"]]
+    """Decoder rows of features."""
 
 
 @dataclass(frozen=True)
@@ -34,6 +56,8 @@ class Request:
     """Sampling seed; the same request with the same seed asks for the same text (servers only try)."""
     schema: dict[str, Any] | None = None
     """JSON schema that the text should follow. Validate the text all the same."""
+    steer: Steer | None = None
+    """What the writer is steered by, beside being asked; only the embedded one can be."""
 
 
 @dataclass(frozen=True)
@@ -77,13 +101,22 @@ class Generator(Protocol):
         """
 
 
-def open_generator(config: Config, mesh: Mesh) -> Generator:
-    """The server at `llm.url`, or the backbone itself when there is none. Raises UserError when it is not there."""
+@runtime_checkable
+class Fluency(Protocol):
+    """A generator that can say how surprising a text is to its model."""
+
+    def nats_per_token(self, messages: Sequence[Sequence[Message]], texts: Sequence[str]) -> Float32[np.ndarray, " n"]:
+        """Mean negative log likelihood of each text's tokens, as the reply to its messages; NaN for an empty text."""
+
+
+def open_generator(config: Config, mesh: Mesh, directions: Directions | None = None) -> Generator:
+    """The server at `llm.url`, or the backbone itself when there is none; only the latter needs `directions`, and only
+    to be steered. Raises UserError when it is not there."""
     # Imported late: with a server, the backbone's weights for decoding are never read, and the other way round.
     if config.llm.url is None:
         from fac_jax.llm.local import open_local
 
-        return open_local(config, mesh)
+        return open_local(config, mesh, directions)
     from fac_jax.llm.http import open_server
 
     return open_server(config)

@@ -142,7 +142,10 @@ def open_exchange(config: LlmConfig) -> Exchange:
 
 
 def chat_body(model: str, request: Request) -> bytes:
-    """What is posted to /chat/completions: all that can change the answer, in bytes."""
+    """What is posted to /chat/completions: all that can change the answer, in bytes. Raises UserError for a steered
+    request: there is no way to say that to a server, and its answer would pass for one."""
+    if request.steer is not None:
+        raise UserError("a server cannot be steered: only the embedded writer can (llm.url: null)")
     body: dict[str, Any] = {
         "model": model, "messages": list(request.messages), "max_tokens": request.max_tokens,
         "temperature": request.temperature, "top_p": request.top_p, "seed": request.seed,

@@ -171,6 +171,8 @@ def printed(story: Story, harmful: bool) -> RenderableType:
     if story.adds:
         line("first to", f"activate {', '.join(map(str, story.adds))}")
     line("written for", f"feature {story.written_for}, step {story.reply['step']}, draw {story.reply['index']}")
+    if (multiple := story.reply.get("steer")) is not None:  # products from before there was steering lack it
+        line("steered", f"towards feature {story.written_for}, by {multiple:g} times its anchor peak")
     for side in ("strong", "weak") if story.pair else ():
         pair: Mapping[str, Any] = story.pair or {}
         if pair[side]:

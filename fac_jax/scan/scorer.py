@@ -7,6 +7,7 @@ Reads the backbone below the SAE's layer and the SAE; writes nothing.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import jax
@@ -15,6 +16,7 @@ from scipy.sparse import csr_array, vstack
 
 from fac_jax.backbone.weights import Loaded, load_backbone
 from fac_jax.config import BackboneConfig, Config
+from fac_jax.llm.client import Directions
 from fac_jax.mesh import own_mesh
 from fac_jax.packing import EncodedDocument, PackedBatch, encode_all, pack
 from fac_jax.sae.checkpoint import LoadedSae, load_sae
@@ -24,6 +26,29 @@ from fac_jax.text import Turn, make_document
 
 Score = Callable[[Sequence[str]], csr_array]
 """Texts to their peaks on every feature, float32 [texts, features]."""
+
+
+@dataclass(frozen=True)
+class Scorer:
+    """Backbone and SAE in memory, as a `Score` of texts as user turns."""
+
+    loaded: Loaded
+    sae: LoadedSae
+    acts: Acts
+    geometry: BackboneConfig
+    max_tokens: int
+    """Of each text, its template included, that are read."""
+
+    def __call__(self, texts: Sequence[str]) -> csr_array:
+        """Peaks of texts."""
+        documents = (make_document([Turn("user", text)], None, "written") for text in texts)
+        encoded = list(encode_all(documents, self.loaded.tokenizer, self.max_tokens))
+        return peaks_of(encoded, self.loaded, self.sae, self.acts, self.geometry)
+
+    @property
+    def directions(self) -> Directions:
+        """What a writer is steered by, towards features of the SAE."""
+        return Directions(self.sae.layer, lambda features: np.asarray(self.sae.sae.w_fd[...][np.asarray(features)]))
 
 
 def load_scorer(config: Config, inputs: Mapping[str, Path]) -> tuple[Loaded, LoadedSae]:
@@ -60,18 +85,11 @@ def peaks_of(
     return csr_array(vstack(rows, format="csr"))
 
 
-def open_scorer(config: Config, inputs: Mapping[str, Path], anchor: Scan, cut_as: str) -> Score:
-    """Score texts as user turns, cut at as many tokens as the documents of data set `cut_as`.
+def open_scorer(config: Config, inputs: Mapping[str, Path], anchor: Scan, cut_as: str) -> Scorer:
+    """Score texts, cut at as many tokens as the documents of data set `cut_as`.
 
     Raises UserError when the SAE is another one than the anchor was scanned with.
     """
     loaded, sae = load_scorer(config, inputs)
     check_sae(anchor, sae.digest)
-    max_tokens = config.dataset(cut_as).max_tokens
-
-    def score(texts: Sequence[str]) -> csr_array:
-        documents = (make_document([Turn("user", text)], None, "written") for text in texts)
-        encoded = list(encode_all(documents, loaded.tokenizer, max_tokens))
-        return peaks_of(encoded, loaded, sae, config.scan.acts, config.backbone)
-
-    return score
+    return Scorer(loaded, sae, config.scan.acts, config.backbone, config.dataset(cut_as).max_tokens)

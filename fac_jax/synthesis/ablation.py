@@ -33,7 +33,7 @@ from fac_jax.coverage import fac as arithmetic
 from fac_jax.coverage.measure import missing_rows
 from fac_jax.errors import UserError
 from fac_jax.features.judge import relevant_features
-from fac_jax.llm.client import Generator, open_generator
+from fac_jax.llm.client import Fluency, Generator, open_generator
 from fac_jax.llm.ledger import price
 from fac_jax.mesh import make_mesh
 from fac_jax.runs import write_text
@@ -55,6 +55,7 @@ FIGURES = {
     "texts_per_hit": "texts a hit feature",
     "tokens_per_hit": "tokens a hit feature",
     "cost_per_hit": "money a hit feature",
+    "nats_per_token": "nats a token",
 }
 """Figures of an arm, and what they are called in tables."""
 SHARES = ("hit_rate", "hit_rate_written", "valid_share", "near_duplicate_rate")
@@ -89,6 +90,9 @@ class Outcome:
     tokens_per_hit: float | None
     cost_per_hit: float | None
     """None without prices (llm.price_in, llm.price_out)."""
+    nats_per_token: float | None
+    """Fluency: how surprising a sample is to the writer, unsteered, as a reply to its prompt (mean over samples). None
+    where no arm steers."""
 
 
 @dataclass(frozen=True)
@@ -107,12 +111,10 @@ class Bench:
 def ablate(config: Config, out: Path, inputs: Mapping[str, Path]) -> dict[str, Any]:
     """Stage. Raises UserError where nothing is missing, a file of samples is none, or the writer fails."""
     anchor, seed = load_scans(inputs[f"scan:{config.coverage.anchor}"], inputs[f"scan:{config.coverage.seed}"])
-    bench = Bench(
-        *(config, inputs, anchor, seed, relevant_features(inputs["relevance"], anchor)),
-        open_generator(config, make_mesh(config.mesh)),
-        open_scorer(config, inputs, anchor, config.coverage.seed),
-    )
-    return run_arms(bench, out)
+    score = open_scorer(config, inputs, anchor, config.coverage.seed)
+    generator = open_generator(config, make_mesh(config.mesh), score.directions)
+    relevant_f = relevant_features(inputs["relevance"], anchor)
+    return run_arms(Bench(config, inputs, anchor, seed, relevant_f, generator, score), out)
 
 
 def run_arms(bench: Bench, out: Path) -> dict[str, Any]:
@@ -213,7 +215,10 @@ def _outcome(bench: Bench, name: str, arm: ArmConfig, number: int, folder: Path,
         outcome = _of_samples(bench, name, number, Path(arm.samples), missing, threshold)
     else:
         config, features = _settings(bench, arm, number, threshold, missing)
-        plan = plan_for(features, config, bench.anchor, bench.seed, bench.inputs)
+        peaks_f = bench.anchor.peaks_nf.max(axis=0).toarray()
+        plan = plan_for(
+            {feature: float(peaks_f[feature]) for feature in features}, config, bench.anchor, bench.seed, bench.inputs
+        )
         settle_log(log, list({one.key: one for one in (*written, *read_log(log))}.values()))
         made = write_samples(plan, bench.generator, bench.score, folder)
         written += read_log(log)
@@ -272,7 +277,17 @@ def _measured(
         texts_per_hit=_share(len(every.jobs), len(hit_f)),
         tokens_per_hit=_share(sum(tokens), len(hit_f)),
         cost_per_hit=None if money is None else _share(money, len(hit_f)),
+        nats_per_token=_nats_per_token(bench, made),
     )
+
+
+def _nats_per_token(bench: Bench, made: Written) -> float | None:
+    steers = any(arm.steer for arm in bench.config.ablation.arms.values())
+    if not (steers and isinstance(bench.generator, Fluency) and made.every.valid):
+        return None
+    messages = [made.every.jobs[row].request.messages for row in made.every.valid]
+    texts = [made.every.generations[row].text for row in made.every.valid]
+    return float(bench.generator.nats_per_token(messages, texts).mean())
 
 
 def _of_samples(bench: Bench, name: str, number: int, file: Path, missing: Sequence[int], threshold: float) -> Outcome:
@@ -285,10 +300,24 @@ def _of_samples(bench: Bench, name: str, number: int, file: Path, missing: Seque
             "every line, as synthesis/kept.jsonl of a run has"
         ) from None
     hits = len(_hits(bench.score(texts), missing, threshold))
-    rate = hits / len(missing)
     return Outcome(
-        name, number, len(missing), 0, 0, None, None, len(texts), hits, rate, rate, None, None, None, None
-    )  # fmt: skip
+        arm=name,
+        seed=number,
+        missing=len(missing),
+        written_for=0,
+        written=0,
+        valid_share=None,
+        near_duplicate_rate=None,
+        kept=len(texts),
+        hits=hits,
+        hit_rate=hits / len(missing),
+        hit_rate_written=None,
+        tokens=None,
+        texts_per_hit=None,
+        tokens_per_hit=None,
+        cost_per_hit=None,
+        nats_per_token=None,
+    )
 
 
 def _hits(peaks_nf: csr_array, missing: Sequence[int], threshold: float) -> Int[np.ndarray, " hit"]:

@@ -17,6 +17,7 @@ from scipy.sparse import csr_array
 
 from fac_jax.synthesis.generations import Job, Sampling
 from fac_jax.synthesis.prompt import Example, Prompt, messages
+from fac_jax.synthesis.steering import UNSTEERED, Strengths
 
 STEP = 1
 SHOWN = 2
@@ -34,6 +35,8 @@ class Target:
     """Its explanation, or the tokens it fires on."""
     examples: tuple[Example, ...]
     """Anchor texts that activate it, best first."""
+    peak: float = 0.0
+    """Its highest activation on the anchor."""
 
 
 @dataclass(frozen=True)
@@ -49,10 +52,20 @@ class Pair:
     reason: str | None
 
 
-def jobs(prompt: Prompt, targets: Sequence[Target], candidates: int, sampling: Sampling, first: int = 0) -> list[Job]:
+def jobs(
+    prompt: Prompt,
+    targets: Sequence[Target],
+    candidates: int,
+    sampling: Sampling,
+    first: int = 0,
+    strengths: Strengths = UNSTEERED,
+) -> list[Job]:
     """`candidates` jobs for each target, the draws from `first` on."""
     return [
-        sampling.job(target.feature, STEP, index, _messages(prompt, target, index))
+        sampling.job(
+            *(target.feature, STEP, index, _messages(prompt, target, index)),
+            strengths.steer(target.feature, target.peak, index),
+        )
         for target in targets
         for index in range(first, first + candidates)
     ]

@@ -18,6 +18,7 @@ from fac_jax.coverage.choose import greedy_cover
 from fac_jax.synthesis.contrast import DRAWS, Pair, Target, rotated
 from fac_jax.synthesis.generations import Job, Sampling
 from fac_jax.synthesis.prompt import Example, Prompt, messages
+from fac_jax.synthesis.steering import UNSTEERED, Strengths
 
 STEP = 2
 
@@ -40,10 +41,14 @@ def jobs(
     texts: Sequence[str],
     count: int,
     sampling: Sampling,
+    strengths: Strengths = UNSTEERED,
 ) -> list[Job]:
     """`count` jobs for each target that has a pair; `texts` are the candidates that pairs point into."""
     return [
-        sampling.job(target.feature, STEP, index, _messages(prompt, target, pairs[target.feature], texts, index))
+        sampling.job(
+            *(target.feature, STEP, index, _messages(prompt, target, pairs[target.feature], texts, index)),
+            strengths.steer(target.feature, target.peak, index),
+        )
         for target in targets
         if pairs[target.feature].reason is None
         for index in range(count)

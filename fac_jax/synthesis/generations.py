@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fac_jax.errors import UserError
-from fac_jax.llm.client import Generator, Message, Reply, Request
+from fac_jax.llm.client import Generator, Message, Reply, Request, Steer
 from fac_jax.plain import digest
 from fac_jax.progress import progress
 from fac_jax.runs import whole_lines, write_text
@@ -38,8 +38,11 @@ class Job:
 
     @property
     def prompt_digest(self) -> str:
-        """Of all that is sent but the seed."""
-        return digest({**dataclasses.asdict(self.request), "seed": None})
+        """Of all that is sent but the seed, and of what steers, where something does."""
+        sent = {**dataclasses.asdict(self.request), "seed": None}
+        if sent["steer"] is None:  # logs from before there was steering are used again
+            del sent["steer"]
+        return digest(sent)
 
 
 @dataclass(frozen=True)
@@ -74,11 +77,13 @@ class Sampling:
     seed: int
     """Of the run; every job has its own, made from it."""
 
-    def job(self, feature: int, step: int, index: int, messages: tuple[Message, ...]) -> Job:
+    def job(
+        self, feature: int, step: int, index: int, messages: tuple[Message, ...], steer: Steer | None = None
+    ) -> Job:
         """A job whose seed depends on nothing but the run's seed and its own place."""
         place = hashlib.sha256(f"{self.seed}:{feature}:{step}:{index}".encode()).digest()
         seed = int.from_bytes(place[:4], "big") >> 1  # 31 bits: what every server takes
-        request = Request(messages, self.max_tokens, self.temperature, self.top_p, seed)
+        request = Request(messages, self.max_tokens, self.temperature, self.top_p, seed, steer=steer)
         return Job(feature, step, index, request)
 
 

@@ -76,15 +76,15 @@ def make_plan(config: Config, anchor: Scan, seed: Scan, inputs: Mapping[str, Pat
     """Read what is missing, what it is about and what shows it."""
     missing = pq.read_table(inputs["coverage"] / "missing.parquet", columns=["feature", "anchor_peak"]).to_pylist()
     missing.sort(key=lambda row: (-row["anchor_peak"], row["feature"]))
-    return plan_for([row["feature"] for row in missing], config, anchor, seed, inputs)
+    return plan_for({row["feature"]: row["anchor_peak"] for row in missing}, config, anchor, seed, inputs)
 
 
-def plan_for(features: Sequence[int], config: Config, anchor: Scan, seed: Scan, inputs: Mapping[str, Path]) -> Plan:
-    """The same for these features, in the order in which they are written for."""
+def plan_for(peaks: Mapping[int, float], config: Config, anchor: Scan, seed: Scan, inputs: Mapping[str, Path]) -> Plan:
+    """The same for features with these peaks on the anchor, in the order in which they are written for."""
     task = load_task(config.judge.task)
     texts = anchor.documents("text")["text"].to_pylist()
     return Plan(
-        missing=read_targets(features, anchor, texts, inputs["explanations"], task.description.sample),
+        missing=read_targets(peaks, anchor, texts, inputs["explanations"], task.description.sample),
         known=frozenset(normalised(text) for text in (*texts, *seed.documents("text")["text"].to_pylist())),
         step1=load_prompt(task, "contrast"),
         step2=load_prompt(task, "cover"),
@@ -97,25 +97,25 @@ def plan_for(features: Sequence[int], config: Config, anchor: Scan, seed: Scan, 
 
 
 def read_targets(
-    features: Sequence[int], anchor: Scan, texts: Sequence[str], explanations: Path, shape: SampleShape
+    peaks: Mapping[int, float], anchor: Scan, texts: Sequence[str], explanations: Path, shape: SampleShape
 ) -> tuple[Target, ...]:
-    """What each feature is about, and anchor texts that activate it.
+    """What each feature is about, and anchor texts that activate it; `peaks` holds their anchor peaks, in order.
 
     A sample carries the task's label, so texts that carry it too are shown before the others.
     """
     columns = ["feature", "explanation", "fires_on"]
     table = pq.read_table(explanations / "explanations.parquet", columns=columns).to_pylist()
     explained = {row["feature"]: row for row in table}
-    spans = anchor.features("spans")["spans"].take(pa.array(features, pa.int64())).to_pylist()
+    spans = anchor.features("spans")["spans"].take(pa.array(list(peaks), pa.int64())).to_pylist()
     positive_n = anchor.labels_n > POSITIVE_ABOVE
     targets = []
-    for feature, shown in zip(features, spans, strict=True):
+    for (feature, peak), shown in zip(peaks.items(), spans, strict=True):
         shown.sort(key=lambda span: positive_n[span["document"]] != (shape.label > POSITIVE_ABOVE))
         examples = [
             Example(_example_text(span, texts[span["document"]]), span["score"], anchor=True)
             for span in shown[:EXAMPLES]
         ]
-        targets.append(Target(feature, about(explained.get(feature, {}), shown), tuple(examples)))
+        targets.append(Target(feature, about(explained.get(feature, {}), shown), tuple(examples), peak))
     return tuple(targets)
 
 

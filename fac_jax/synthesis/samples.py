@@ -25,6 +25,9 @@ COPIED_SHARE = 0.7
 FEWEST_DISTINCT = 0.4
 """Share of distinct words below which a text of ten words or more is a loop, not a message."""
 
+COPIES = ("copy of ", "copies ", "near duplicate of ")
+"""How the reasons begin that say that a text is a sample, but not a new one."""
+
 _QUOTES = (('"', '"'), ("'", "'"), ("“", "”"), ("‘", "’"), ("`", "`"), ("*", "*"))
 _NUMBER = re.compile(r"(?:\d{1,2}[.)]|[-*•])\s+")
 _USER = re.compile(r"(?:user|human|me|message|text|query)\s*:\s*", re.IGNORECASE)
@@ -70,6 +73,11 @@ class Sample:
     def shown(self) -> str:
         """As a prompt shows it."""
         return self.text if self.lines is None else self.lines
+
+    @property
+    def in_form(self) -> bool:
+        """Whether it is a sample, new or not."""
+        return self.reason is None or self.reason.startswith(COPIES)
 
     def rejected(self, reason: str) -> Sample:
         """The same text, no sample any more."""

@@ -3,7 +3,8 @@
 Reads the SAE, the anchor's and the seed's scans, the explanations and `missing.parquet`. Writes
 - `generations.jsonl`: every reply as it came, appended at once; an interrupted run uses them again;
 - `candidates.parquet`: one row per reply: the text as it would be kept, or the reason why it is no sample; its peak on
-  the feature that it was written for, its best feature, and the missing features that it activates;
+  the feature that it was written for, its best feature, and the missing features that it activates; `steer` is the
+  strength that it was written with, as a multiple of its feature's anchor peak, and null where it was not steered;
 - `pairs.parquet`: the contrastive pair of each feature that was written for, or why it has none;
 - `samples.parquet`: what is kept, most useful first, each with the feature and the activation that it is kept for;
 - `kept.jsonl`, `random.jsonl`: data sets of equally many samples, the second drawn blindly from step 1's valid ones.
@@ -14,7 +15,8 @@ All of them may be empty: a writer that fails is recorded as one.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -37,6 +39,7 @@ from fac_jax.synthesis.forms import answer_misfit
 from fac_jax.synthesis.generations import Generation, Job, settle_log, write_all
 from fac_jax.synthesis.plan import Plan, make_plan
 from fac_jax.synthesis.samples import Sample, read_sample, reasons, without_copies
+from fac_jax.synthesis.steering import Strengths
 
 ANSWER = 3
 """The step in which instructions are answered."""
@@ -47,7 +50,7 @@ CANDIDATES = pa.schema(
         "best_feature": pa.int32(), "best_peak": pa.float32(), "covers": pa.list_(pa.int32()), "kept": pa.bool_(),
         "raw": pa.string(), "finish_reason": pa.string(), "prompt_digest": pa.string(), "seed": pa.int64(),
         "generator": pa.string(), "model": pa.string(), "prompt_tokens": pa.int64(), "completion_tokens": pa.int64(),
-        "fields": pa.string(),
+        "fields": pa.string(), "steer": pa.float32(),
     }
 )  # fmt: skip
 PAIRS = pa.schema(
@@ -114,19 +117,20 @@ def synthesize(config: Config, out: Path, inputs: Mapping[str, Path]) -> dict[st
     """Stage. Raises UserError when scans and SAE do not fit together, or the writer fails (what it wrote is kept)."""
     anchor, seed = load_scans(inputs[f"scan:{config.coverage.anchor}"], inputs[f"scan:{config.coverage.seed}"])
     plan = make_plan(config, anchor, seed, inputs)
-    generator = open_generator(config, make_mesh(config.mesh))
     score = open_scorer(config, inputs, anchor, config.coverage.seed)
+    generator = open_generator(config, make_mesh(config.mesh), score.directions)
     return _summary(plan, generator.name, write_samples(plan, generator, score, out))
 
 
 def write_samples(plan: Plan, generator: Generator, score: Score, out: Path) -> Written:
     """Both steps, the choice, and the product."""
     log = out / "generations.jsonl"
-    first, pairs = _first_step(plan, generator, score, log)
+    first, pairs, strengths = _first_step(plan, generator, score, log)
     valid = first.valid
     texts = [first.samples[row].shown for row in valid]
     by_feature = {pair.feature: pair for pair in pairs}
-    jobs = cover.jobs(plan.step2, plan.targets, by_feature, texts, plan.settings.second_step, plan.sampling)
+    count, sampling = plan.settings.second_step, plan.sampling
+    jobs = cover.jobs(plan.step2, plan.targets, by_feature, texts, count, sampling, strengths)
     second = _step(plan, jobs, generator, score, log, first.texts)
     every = first.plus(second)
     kept, answers = _chosen(plan, every, generator, log)
@@ -141,22 +145,35 @@ def write_samples(plan: Plan, generator: Generator, score: Score, out: Path) -> 
     return Written(first, second, every, pairs, kept, drawn, answers)
 
 
-def _first_step(plan: Plan, generator: Generator, score: Score, log: Path) -> tuple[Step, list[Pair]]:
-    """Candidates for every target, then again for those that none of them activates, as often as is allowed; and the
-    pair of each target among them all, or why it has none."""
+def _first_step(plan: Plan, generator: Generator, score: Score, log: Path) -> tuple[Step, list[Pair], Strengths]:
+    """Candidates for every target, then again for those that none of them activates, as often as is allowed; the pair
+    of each target among them all, or why it has none; and the strengths that each was steered with last."""
     size, targets, features = plan.settings.candidates, plan.targets, [target.feature for target in plan.targets]
-    step = _step(plan, contrast.jobs(plan.step1, targets, size, plan.sampling), generator, score, log, [])
+    strengths = Strengths(plan.settings.steer)
+    jobs = contrast.jobs(plan.step1, targets, size, plan.sampling, strengths=strengths)
+    step = last = _step(plan, jobs, generator, score, log, [])
     for attempt in range(plan.settings.attempts):
         if attempt:
-            jobs = contrast.jobs(plan.step1, targets, size, plan.sampling, attempt * size)
-            step = step.plus(_step(plan, jobs, generator, score, log, step.texts))
+            strengths = strengths.searched(_intact(last, {target.feature for target in targets}))
+            jobs = contrast.jobs(plan.step1, targets, size, plan.sampling, attempt * size, strengths)
+            last = _step(plan, jobs, generator, score, log, step.texts)
+            step = step.plus(last)
         written_for = np.array([step.jobs[row].feature for row in step.valid], np.int64)
         pairs = contrast.pairs(features, step.peaks_nf[step.valid], written_for, plan.threshold)
         unmet = {pair.feature for pair in pairs if pair.strong is None}
         targets = tuple(target for target in targets if target.feature in unmet)
         if not targets:
             break
-    return step, pairs
+    return step, pairs, strengths
+
+
+def _intact(step: Step, features: Collection[int]) -> dict[int, list[bool]]:
+    """Of each feature's steered draws, whether they are samples: a writer that is steered too hard writes none."""
+    found: dict[int, list[bool]] = defaultdict(list)
+    for job, sample in zip(step.jobs, step.samples, strict=True):
+        if job.feature in features and job.request.steer is not None:
+            found[job.feature].append(sample.in_form)
+    return found
 
 
 def _step(
@@ -235,7 +252,7 @@ def _write_tables(
 
 
 def _candidate_rows(plan: Plan, every: Step, kept: set[int]) -> list[dict[str, Any]]:
-    missing = plan.features
+    missing, anchor_peaks = plan.features, {target.feature: target.peak for target in plan.missing}
     rows = []
     for row, (job, generation, sample) in enumerate(zip(every.jobs, every.generations, every.samples, strict=True)):
         peaks_m = every.peaks_nf[[row]][:, missing].toarray()[0]
@@ -251,6 +268,7 @@ def _candidate_rows(plan: Plan, every: Step, kept: set[int]) -> list[dict[str, A
             "seed": generation.seed, "generator": generation.generator, "model": generation.model,
             "prompt_tokens": generation.prompt_tokens, "completion_tokens": generation.completion_tokens,
             "fields": json.dumps(sample.fields, ensure_ascii=False) if sample.fields else None,
+            "steer": None if (by := job.request.steer) is None else by.strength / anchor_peaks[by.feature],
         })  # fmt: skip
     return rows
 

@@ -5,12 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import Mesh
 
 from fac_jax.backbone import decode
 from fac_jax.backbone.generate import generate
+from fac_jax.backbone.model import logits, residual, run_blocks
 from fac_jax.backbone.weights import Loaded, load_backbone
 from fac_jax.errors import UserError
 from tests.backbone.tiny_backbone import write_model
@@ -23,6 +26,25 @@ def prompts_of(*lengths: int, seed: int = 0, shared: int = 0) -> list[list[int]]
     rng = np.random.default_rng(seed)
     start = rng.integers(0, 256, shared).tolist()
     return [start + rng.integers(0, 256, length - shared).tolist() for length in lengths]
+
+
+def plain_steered(loaded: Loaded, prompt: list[int], new_tokens: int, vector_d: np.ndarray, layer: int) -> list[int]:
+    """The same with a vector added to the residual after `layer` blocks, from the prompt's last token on."""
+    config, model = loaded.config, loaded.model
+
+    @jax.jit
+    def forward(tokens_1t: np.ndarray) -> jax.Array:
+        at_1t = jnp.broadcast_to(jnp.arange(tokens_1t.shape[1]), tokens_1t.shape)
+        x_1td = residual(model, tokens_1t, jnp.ones_like(tokens_1t), at_1t, layer)
+        x_1td = x_1td + jnp.where(at_1t[..., None] >= len(prompt) - 1, vector_d, 0)
+        return logits(model, run_blocks(model, x_1td, jnp.ones_like(tokens_1t), at_1t, layer, config.n_layers))
+
+    ids = list(prompt)
+    while len(ids) < len(prompt) + new_tokens:
+        tokens_1t = np.zeros((1, len(prompt) + new_tokens), np.int32)
+        tokens_1t[0, : len(ids)] = ids
+        ids.append(int(np.argmax(np.asarray(forward(tokens_1t))[0, len(ids) - 1])))
+    return ids[len(prompt) :]
 
 
 def plain_greedy(loaded: Loaded, prompt: list[int], new_tokens: int) -> list[int]:
@@ -111,6 +133,71 @@ def test_lengths_of_prompts_compile_nothing_new(tiny: Loaded, monkeypatch: pytes
     assert not traced
 
 
+@pytest.mark.parametrize("layer", [1, 3])
+def test_steered_greedy_equals_the_plain_loop(layer: int, tmp_path: Path, mesh: Mesh) -> None:
+    """Steered rows beside others, and more prompts than slots: every slot is refilled with its prompt's own vector."""
+    write_model(tmp_path, num_hidden_layers=3)
+    loaded = load_backbone(str(tmp_path), None, "float32", mesh)
+    prompts = prompts_of(20, 70, 9, 20, 33, 1, 20, shared=1)
+    random = np.random.default_rng(1)
+    vectors = [3 * random.standard_normal(32).astype(np.float32) for _ in prompts]
+    steer = [None if number in (2, 5) else vector_d for number, vector_d in enumerate(vectors)]
+    settings = SETTINGS | {"max_new_tokens": 5, "batch": 2}
+    found = generate(loaded, prompts, **settings, seeds=range(7), steer=steer, layer=layer)
+    free = generate(loaded, prompts, **settings, seeds=range(7))
+    for number in (0, 1, 5, 6):
+        vector_d = steer[number]
+        nothing_d = np.zeros(32, np.float32)
+        assert found[number] == plain_steered(
+            loaded, prompts[number], 5, nothing_d if vector_d is None else vector_d, layer
+        )
+    assert [number for number in range(7) if found[number] == free[number]] == [2, 5], "who is not steered"
+
+
+def test_steered_greedy_equals_transformers_with_a_hook(tmp_path: Path, mesh_1x1: Mesh) -> None:
+    torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
+    write_model(tmp_path)
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).eval()
+    vector_d, prompt, layer = 2 * np.random.default_rng(3).standard_normal(32).astype(np.float32), prompts_of(12)[0], 2
+
+    def add(module: Any, inputs: Any, x_1td: Any) -> Any:
+        """After the block whose output is the residual after `layer` blocks."""
+        return torch.cat([x_1td[:, : len(prompt) - 1], x_1td[:, len(prompt) - 1 :] + torch.tensor(vector_d)], dim=1)
+
+    handle = model.model.layers[layer - 1].register_forward_hook(add)
+    ids = list(prompt)
+    with torch.no_grad():
+        for _ in range(8):
+            ids.append(int(model(torch.tensor([ids]), use_cache=False).logits[0, -1].argmax()))
+    handle.remove()
+    loaded = load_backbone(str(tmp_path), None, "float32", mesh_1x1)
+    settings = SETTINGS | {"max_new_tokens": 8}
+    assert generate(loaded, [prompt], **settings, seeds=[0], steer=[vector_d], layer=layer) == [ids[len(prompt) :]]
+
+
+def test_a_vector_of_zeros_steers_nowhere(tiny: Loaded) -> None:
+    prompts = prompts_of(9, 30, 9, 21, 14)
+    for temperature in (0.0, 0.8):
+        settings = SETTINGS | {"temperature": temperature}
+        free = generate(tiny, prompts, **settings, seeds=range(5))
+        none = generate(tiny, prompts, **settings, seeds=range(5), steer=[None] * 5)
+        zero = generate(tiny, prompts, **settings, seeds=range(5), steer=[np.zeros(32, np.float32)] * 5, layer=1)
+        assert free == none == zero
+
+
+def test_other_vectors_compile_nothing_and_none_at_all_leaves_the_program_as_it_is(
+    tiny: Loaded, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prompts, seeds = prompts_of(40, 20), [0, 1]
+    generate(tiny, prompts, **SETTINGS, seeds=seeds)
+    generate(tiny, prompts, **SETTINGS, seeds=seeds, steer=[np.ones(32, np.float32), None], layer=2)
+    traced = []
+    monkeypatch.setattr(decode, "extend", lambda *_: traced.append("again"))
+    generate(tiny, prompts, **SETTINGS, seeds=seeds, steer=[None, np.full(32, 7, np.float32)], layer=2)
+    generate(tiny, prompts, **SETTINGS, seeds=seeds)
+    assert not traced
+
+
 def test_nothing_to_do(tiny: Loaded) -> None:
     assert generate(tiny, [], **SETTINGS, seeds=[]) == []
     assert generate(tiny, [[1]], **SETTINGS | {"max_new_tokens": 0}, seeds=[0]) == [[]]
@@ -125,6 +212,11 @@ def test_nothing_to_do(tiny: Loaded) -> None:
         ([[1] * 505], {}, r"prompt 0 has 505 tokens and 12 more are asked, but the model's context is 512"),
         ([[1]], {"top_p": 0.0}, r"top_p 0.0 must lie in \(0, 1\]"),
         ([[1]], {"temperature": -1.0}, r"temperature -1.0 must not be negative"),
+        ([[1], [2]], {"steer": [np.ones(32)], "layer": 1}, r"2 prompts came with 1 vectors to steer by"),
+        ([[1]], {"steer": [np.ones(32)]}, r"steering after None blocks was asked for; the model has blocks 1 to 2"),
+        ([[1]], {"steer": [np.ones(32)], "layer": 3}, r"steering after 3 blocks was asked for"),
+        ([[1], [2]], {"steer": [None, np.ones(31)], "layer": 1}, r"prompt 1 is steered by a vector of shape \(31,\)"),
+        ([[1]], {"steer": [np.full(32, np.nan)], "layer": 1}, r"it must hold 32 finite numbers"),
     ],
 )
 def test_bad_requests(prompts: list[list[int]], changes: dict[str, Any], message: str, tiny: Loaded) -> None:

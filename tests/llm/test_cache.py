@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from fac_jax.config import LlmConfig
 from fac_jax.errors import UserError
 from fac_jax.llm.cache import Cache, cache_folder, keys
-from fac_jax.llm.client import Reply, Request
+from fac_jax.llm.client import Reply, Request, Steer
 from fac_jax.llm.exchange import chat_body
 from fac_jax.llm.fake import Answer, FakeServer
 from fac_jax.llm.http import HttpGenerator
@@ -53,8 +53,10 @@ def test_every_field_is_in_the_key() -> None:
     found = {key(request) for request in [BASE, *OTHERS]}
     assert len(found) == len(OTHERS) + 1
     assert {f.name for f in dataclasses.fields(Request)} == {
-        "messages", "max_tokens", "temperature", "top_p", "seed", "schema"
+        "messages", "max_tokens", "temperature", "top_p", "seed", "schema", "steer"
     }, "a new field of a request must be tried above"  # fmt: skip
+    with pytest.raises(UserError, match="a server cannot be steered"):
+        key(changed("steer", Steer(3, 2.0)))
     for name in IDENTITY:
         assert key(BASE, {**IDENTITY, name: "other"}) not in found
     assert key(BASE, model="other") not in found

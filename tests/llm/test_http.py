@@ -9,7 +9,7 @@ import pytest
 
 from fac_jax.config import LlmConfig
 from fac_jax.errors import UserError
-from fac_jax.llm.client import Reply, Request
+from fac_jax.llm.client import Reply, Request, Steer
 from fac_jax.llm.exchange import read_reply
 from fac_jax.llm.fake import BROKEN, GARBAGE, GOOD, TRUNCATED, WRONG_SHAPE, Answer, FakeServer, rate_limited
 from fac_jax.llm.http import HttpGenerator
@@ -59,6 +59,14 @@ def test_no_more_than_concurrency_requests_are_open():
     with FakeServer(then=Answer(delay_s=0.02)) as server:
         generator(server, concurrency=3).generate(requests(12))
         assert 1 < server.most_at_once <= 3
+
+
+def test_a_steered_request_is_refused_before_anything_is_sent():
+    steered = Request(({"role": "user", "content": "a"},), 4, steer=Steer(3, 2.0))
+    with FakeServer() as server:
+        with pytest.raises(UserError, match="a server cannot be steered: only the embedded writer can .llm.url: null"):
+            generator(server).generate([*requests(1), steered])
+        assert not server.bodies and not server.probes
 
 
 def test_no_requests_no_replies():

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import pytest
 from jax.sharding import Mesh
 
 from fac_jax.backbone.weights import load_backbone
 from fac_jax.config import BackboneConfig, Config, LlmConfig
 from fac_jax.errors import UserError
-from fac_jax.llm.client import Request, open_generator
+from fac_jax.llm.client import Directions, Request, Steer, open_generator
 from fac_jax.llm.local import LocalGenerator, model_name
 from tests.backbone.tiny_backbone import EOS, VOCAB, write_model
 
@@ -73,6 +76,32 @@ def test_a_schema_is_refused_rather_than_ignored(writer: LocalGenerator):
     asked = Request(({"role": "user", "content": "a"},), 4, schema={"type": "object"})
     with pytest.raises(UserError, match="embedded:.* cannot follow a JSON schema; set llm.url"):
         writer.generate([asked])
+
+
+def test_steered_requests_are_answered_beside_others(folder: Path, mesh_1x1: Mesh):
+    """By their own feature's row times their own strength; who is not steered writes what it wrote before."""
+    loaded = load_backbone(str(folder), None, "float32", mesh_1x1)
+    rows_fd, asked = np.random.default_rng(0).standard_normal((9, 32)).astype(np.float32), []
+
+    def rows(features: Sequence[int]) -> np.ndarray:
+        asked.append(list(features))
+        return rows_fd[list(features)]
+
+    writer = LocalGenerator(loaded, str(folder), 2, Directions(2, rows))
+    plain = [request(text, seed, temperature=0.0) for seed, text in enumerate(["ab", "the", "ab", "c", "ab"])]
+    steers = [None, Steer(3, 40.0), Steer(7, 40.0), None, Steer(7, 0.0)]
+    steered = [dataclasses.replace(one, steer=steer) for one, steer in zip(plain, steers, strict=True)]
+    free, found = writer.generate(plain), writer.generate(steered)
+    assert asked == [[3, 7]], "each row once, and none for those who are not steered"
+    assert [one.text == other.text for one, other in zip(free, found, strict=True)] == [True, False, False, True, True]
+    doubled = LocalGenerator(loaded, str(folder), 2, Directions(2, lambda features: 2 * rows_fd[list(features)]))
+    half = [dataclasses.replace(one, steer=Steer(7, 20.0)) for one in plain[2:3]]
+    assert doubled.generate(half)[0].text == found[2].text, "what is added is strength times row"
+
+
+def test_without_directions_nobody_is_steered(writer: LocalGenerator):
+    with pytest.raises(UserError, match="opened without an SAE's directions, so it cannot be steered"):
+        writer.generate([dataclasses.replace(request("a"), steer=Steer(1, 2.0))])
 
 
 def test_a_model_without_a_chat_template_is_refused(folder: Path, mesh_1x1: Mesh):

@@ -565,7 +565,7 @@ def _synthesis(folder: Path, payload: str, features: int) -> None:
         },
         {
             **left, "id": f"f{_feature(0)}-s1-9", "text": "as good as what is kept, or nearly so", "peak": 3.0,
-            "best_feature": _feature(0), "best_peak": 3.0, "covers": [_feature(0)],
+            "best_feature": _feature(0), "best_peak": 3.0, "covers": [_feature(0)], "steer": 1.5,
         },
     ]  # fmt: skip
     _table(folder / "candidates.parquet", candidates, CANDIDATES)

@@ -95,6 +95,12 @@ def test_what_was_not_kept_says_why(run: tuple[Path, Config], name: str, outcome
     assert outcome in said(samples.printed(found, harmful=False))
 
 
+def test_how_hard_the_writer_was_steered_is_said(run: tuple[Path, Config]) -> None:
+    words = said(samples.printed(story(run, "f100-s1-9"), harmful=True))
+    assert re.search(r"steered +towards feature 100, by 1.5 times its anchor peak", words)
+    assert "steered" not in said(samples.printed(story(run, "f248-s1-0"), harmful=True))
+
+
 def test_text_of_a_task_about_harm_is_hidden(run: tuple[Path, Config], capsys: pytest.CaptureFixture[str]) -> None:
     folder, _ = run
     asked = ["samples", "show", str(folder / "config.yaml"), "f248-s1-0"]

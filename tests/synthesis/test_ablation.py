@@ -42,7 +42,7 @@ def ablated(
     relevance = toy.inputs["explanations"].parent / "relevance"
     (relevance / "relevance.json").write_text(json.dumps({"sae": "sae-1"}))
     generator = FakeGenerator(writer) if callable(writer) else writer
-    monkeypatch.setattr(module, "open_generator", lambda config, mesh: generator)
+    monkeypatch.setattr(module, "open_generator", lambda config, mesh, directions: generator)
     chosen = AblationConfig(name="toy", arms=arms, **{"seeds": (0, 1), **settings})
     config = dataclasses.replace(toy.config, ablation=chosen)
     ablate(config, toy.out, {**toy.inputs, "relevance": relevance})
@@ -132,6 +132,25 @@ def test_a_smaller_share_of_the_features_lies_in_a_larger_one(toy: Toy, monkeypa
     assert [outcomes(product, name)[0]["written_for"] for name in arms] == [3, 5, 7]
     assert [outcomes(product, name)[0]["hits"] for name in arms] == [3, 5, 7]
     assert len(generator.requests) == 14, "each share asks only for what the one before did not"
+
+
+class Fluent(FakeGenerator):
+    """Every text is as surprising as it has words."""
+
+    def nats_per_token(self, messages: Any, texts: list[str]) -> np.ndarray:
+        assert all(turns[-1]["role"] == "user" for turns in messages)
+        return np.array([len(text.split()) for text in texts], np.float32)
+
+
+def test_steered_arms_show_what_it_costs_in_fluency(toy: Toy, monkeypatch: pytest.MonkeyPatch):
+    arms = {"asked": ArmConfig(), "steered": ArmConfig(steer=(0.5, 2.0), second_step=0)}
+    product, generator = ablated(toy, monkeypatch, arms, Fluent(able), seeds=(0,))
+    assert {name: outcomes(product, name)[0]["nats_per_token"] for name in arms} == {"asked": 8.0, "steered": 8.0}
+    strengths = {request.steer.strength for request in generator.requests if request.steer is not None}
+    assert strengths == {1.5, 6.0}, "of peaks of 3"
+    assert sum(request.steer is None for request in generator.requests) == 28
+    unsteered, _ = ablated(toy_copy(toy), monkeypatch, {"asked": ArmConfig()}, Fluent(able), seeds=(0,))
+    assert outcomes(unsteered, "asked")[0]["nats_per_token"] is None
 
 
 def test_a_threshold_decides_what_is_missing(toy: Toy, monkeypatch: pytest.MonkeyPatch):

@@ -18,7 +18,7 @@ def test_the_plan_holds_all_that_is_missing_with_texts_that_carry_the_label_firs
     target = next(target for target in plan.missing if target.feature == feature("guns"))
     assert target.about == "guns"
     assert target.examples[0].text == message("guns", 101)  # the only one of the three that is labelled 1
-    assert {example.score for example in target.examples} == {3.0}
+    assert {example.score for example in target.examples} == {3.0} and target.peak == 3.0
     assert normalised(message("ropes", 100)) in plan.known and normalised(message("guns", 100)) in plan.known
 
 

@@ -16,7 +16,7 @@ import pytest
 from fac_jax.config import Config, DataSet, JudgeConfig, LlmConfig, RunConfig, Source
 from fac_jax.errors import UserError
 from fac_jax.features.task import load_task
-from fac_jax.llm.client import OnReply, Reply, Request
+from fac_jax.llm.client import Directions, OnReply, Reply, Request, Steer
 from fac_jax.llm.fake import BROKEN, GOOD, FakeGenerator, FakeServer
 from fac_jax.scan import scorer
 from fac_jax.synthesis import synthesize as module
@@ -35,7 +35,7 @@ def run(
 
 
 def run_with(toy: Toy, generator: Any, monkeypatch: pytest.MonkeyPatch, **settings: Any) -> dict[str, Any]:
-    monkeypatch.setattr(module, "open_generator", lambda config, mesh: generator)
+    monkeypatch.setattr(module, "open_generator", lambda *_: generator)
     config = dataclasses.replace(toy.config, synthesize=dataclasses.replace(toy.config.synthesize, **settings))
     return synthesize(config, toy.out, toy.inputs)
 
@@ -112,6 +112,54 @@ def test_what_no_candidate_activates_is_tried_again_and_then_exhausted(toy: Toy,
     before = fingerprints(toy)
     again, generator = run(toy, write, monkeypatch, attempts=3, second_step=0)
     assert again == summary and fingerprints(toy) == before and generator.requests == []
+
+
+def test_candidates_take_the_strengths_in_turn(toy: Toy, monkeypatch: pytest.MonkeyPatch):
+    """In both steps, as multiples of what the anchor reaches; a strength of 0 asks what prompting alone asks."""
+    _, generator = run(toy, able, monkeypatch, steer=(0.0, 1.5))
+    rows = table(toy, "candidates")
+    assert [row["steer"] for row in rows] == [None, 1.5] * 14
+    for request in generator.requests:
+        assert request.steer in (None, Steer(feature(asked_for(request)), 4.5))
+    _, prompted = run(toy, able, monkeypatch)
+    assert len(prompted.requests) == 14, "the others are in the log, and used again"
+    assert {row["steer"] for row in table(toy, "candidates")} == {None}
+
+
+def test_strengths_are_searched_for_what_is_unmet(toy: Toy, monkeypatch: pytest.MonkeyPatch):
+    """Up where a stronger push is needed, down where the writer broke, and step 2 goes on with what was found."""
+
+    def write(request: Request) -> str:
+        about, strength = asked_for(request), request.steer.strength if request.steer is not None else 0
+        if about == "fire" and strength > 1.5:
+            return "fire fire"
+        if about == "guns" and strength < 6:
+            return message("ropes", request.seed)
+        return able(request)
+
+    settings: dict[str, Any] = {"steer": (1.0,), "attempts": 3}
+    summary, _ = run(toy, write, monkeypatch, **settings)
+    rows = table(toy, "candidates")
+    tried = {word: [row["steer"] for row in rows if row["feature"] == feature(word)] for word in MISSING}
+    assert tried["guns"] == pytest.approx([1, 1, 1.5, 1.5, 2.25, 2.25, 2.25, 2.25])
+    assert tried["fire"] == pytest.approx([1, 1, *[1 / 1.5] * 2, *[1 / 2.25] * 4])
+    assert tried["theft"] == [1.0] * 4 and summary["exhausted"] == 0 and summary["target_hit_rate"] == 1.0
+    before = fingerprints(toy)
+    again, generator = run(toy, write, monkeypatch, **settings)
+    assert again == summary and fingerprints(toy) == before and generator.requests == []
+
+
+def test_the_writer_is_given_the_directions_of_the_sae(toy: Toy, monkeypatch: pytest.MonkeyPatch):
+    given: list[Directions] = []
+
+    def open_generator(config: Config, mesh: Any, directions: Directions) -> FakeGenerator:
+        given.append(directions)
+        return FakeGenerator(able)
+
+    monkeypatch.setattr(module, "open_generator", open_generator)
+    synthesize(toy.config, toy.out, toy.inputs)
+    assert given[0].layer == 3
+    assert np.array_equal(given[0].rows([5, 2]), np.eye(given[0].rows([0]).shape[1])[[5, 2]])
 
 
 def in_form(form: str) -> Callable[[Request], str]:
