@@ -48,7 +48,9 @@ def test_every_verb_documents_every_field_of_its_sections(verb: str, capsys: pyt
     for section in cli.VERBS[verb].sections:
         if section == "data":
             continue
-        for field in vars(getattr(Config(), section)):
+        for field, value in vars(getattr(Config(), section)).items():
+            if value == {}:  # named in the YAML file, as data sets are
+                continue
             assert f"--{section}.{field.replace('_', '-')}" in out, f"{section}.{field} is not documented"
 
 
