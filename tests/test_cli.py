@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from fac_jax import cli
+from fac_jax.cli import entry, verbs
 from fac_jax.config import Config
 
 ROOT = Path(__file__).parent.parent
@@ -29,7 +30,7 @@ def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, 
 
 def test_help_lists_every_verb_and_where_to_begin(capsys: pytest.CaptureFixture[str]) -> None:
     status, out, _ = run(capsys, "--help")
-    assert status == 0 and all(f"  {verb} " in out for verb in cli.VERBS) and "configs/quickstart.yaml" in out
+    assert status == 0 and all(f"  {verb} " in out for verb in verbs.VERBS) and "configs/quickstart.yaml" in out
 
 
 def test_a_mistyped_verb_or_flag_suggests_the_right_one(capsys: pytest.CaptureFixture[str]) -> None:
@@ -41,11 +42,11 @@ def test_a_mistyped_verb_or_flag_suggests_the_right_one(capsys: pytest.CaptureFi
     assert status == 2 and "usage: fac train CONFIG" in err
 
 
-@pytest.mark.parametrize("verb", list(cli.VERBS))
+@pytest.mark.parametrize("verb", list(verbs.VERBS))
 def test_every_verb_documents_every_field_of_its_sections(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
     status, out, _ = run(capsys, verb, "--help")
     assert status == 0
-    for section in cli.VERBS[verb].sections:
+    for section in verbs.VERBS[verb].sections:
         if section == "data":
             continue
         for field, value in vars(getattr(Config(), section)).items():
@@ -91,12 +92,12 @@ def test_a_missing_model_and_a_missing_corpus_are_named(capsys: pytest.CaptureFi
 
 
 def test_on_bad_row_reaches_every_data_set_and_is_checked(capsys: pytest.CaptureFixture[str]) -> None:
-    config = cli._parse("run", cli.VERBS["run"], QUICKSTART, [], "skip")
+    config = entry._parse("run", verbs.VERBS["run"], QUICKSTART, [], "skip")
     assert {data.on_bad_row for data in config.data.values()} == {"skip"}
     status, _, err = run(capsys, "run", QUICKSTART, "--on-bad-row", "skp")
     assert status == 1 and "choose stop or skip" in err
     for verb in ("harvest", "train", "status", "report"):  # what was left out is part of a product's identity
-        assert "on-bad-row" in cli.OPTIONS[verb]
+        assert "on-bad-row" in verbs.OPTIONS[verb]
     status, _, err = run(capsys, "run", QUICKSTART, "--on-bad-row")
     assert status == 1 and "--on-bad-row needs a value" in err
 
@@ -121,7 +122,7 @@ def test_a_full_disk_is_said_in_a_line(
     def full(arguments: list[str]) -> int:
         raise error
 
-    monkeypatch.setattr(cli, "_dispatch", full)
+    monkeypatch.setattr(entry, "_dispatch", full)
     status, _, err = run(capsys, "run", QUICKSTART)
     assert status == 1 and f"the disk is full{place}; free space and run the same command again" in err
 

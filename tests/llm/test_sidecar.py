@@ -263,7 +263,7 @@ def test_a_start_that_was_killed_is_taken_up_by_the_next_one(
 ) -> None:
     monkeypatch.setenv("STAND_IN_LOADS_S", "4")
     program = f"""
-import sys; sys.path.insert(0, {str(Path(cli.__file__).parents[1])!r})
+import sys; sys.path.insert(0, {str(Path(cli.__file__).parents[2])!r})
 from fac_jax.config import load_config
 from fac_jax.llm import sidecar
 sidecar.start(load_config({str(tmp_path / "c.yaml")!r}), print, print)
