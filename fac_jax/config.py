@@ -698,6 +698,9 @@ class FinetuneConfig:
 
     heldout: str = "heldout"
     """Labelled data set that is never trained on."""
+    method: Literal["head", "lora"] = "head"
+    """head: a linear head on mean residuals of a backbone that stays as it is (seconds). lora: adapters in the backbone
+    and a head on the last token, which the paper trains for 3 epochs at a rate of 5e-5 in batches of 16."""
     seeds: tuple[int, ...] = (42, 43, 44)
     """Seeds (paper: 42, 43, 44)."""
     epochs: int = 15

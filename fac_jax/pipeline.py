@@ -84,7 +84,7 @@ def pipeline(config: Config) -> dict[str, Stage]:
     ]
     if trains_classifier(config):
         stages.append(Stage(
-            *("finetune", "finetune", "finetune", finetune, lambda: {"finetune": config.finetune}),
+            *("finetune", "finetune", "finetune", finetune, partial(_finetune_settings, config)),
             (anchor, seed, f"scan:{config.finetune.heldout}", "scan:kept", "scan:random"),
         ))  # fmt: skip
     if config.sweep != SweepConfig() and config.scan.sae is None:
@@ -213,6 +213,11 @@ def _judge_settings(config: Config) -> dict[str, Any]:
 def _synthesis_settings(config: Config) -> dict[str, Any]:
     settings = {"synthesize": config.synthesize, "threshold": config.coverage.threshold, "acts": config.scan.acts}
     return {**settings, **_backbone(config), "sae": external_sae(config.scan.sae), "writer": _writer(config)}
+
+
+def _finetune_settings(config: Config) -> dict[str, Any]:
+    settings = {"finetune": config.finetune}
+    return settings if config.finetune.method == "head" else {**settings, **_backbone(config)}
 
 
 def _ablation_settings(config: Config) -> dict[str, Any]:

@@ -1,12 +1,14 @@
 """Train a classifier on seed, seed + random generations and seed + kept generations; measure each on held-out text.
 
-The paper's head-only experiment on toxicity: the backbone is frozen and one linear head is trained on the mean
-residual of a document's content tokens. Arms differ only in the documents added to the seed set; `seed+random` holds
-as many generations as `seed+kept`, so what the SAE filter adds is the difference between these two. `anchor` (every
-labelled anchor document) is an upper reference: what real data would have given.
+The paper's experiments on toxicity. head: the backbone is frozen and one linear head is trained on the mean residual of
+a document's content tokens. lora: adapters in the backbone and a head on its last token (`tune.py`). Arms differ only
+in the documents added to the seed set; `seed+random` holds as many generations as `seed+kept`, so what the SAE filter
+adds is the difference between these two. `anchor` (every labelled anchor document) is an upper reference: what real
+data would have given.
 
-Reads labels and mean residuals from the scans of the seed, the anchor, the held-out set and what synthesis wrote: no
-backbone runs. Writes finetune/eval.json (metrics per arm and seed) and finetune/predictions.parquet (their scores).
+Reads labels, tokens and mean residuals from the scans of the seed, the anchor, the held-out set and what synthesis
+wrote; only lora reads the backbone. Writes finetune/eval.json (metrics per arm and seed), finetune/predictions.parquet
+(their scores) and, of lora, arms/ARM/seed-N/ with metrics.jsonl and the adapters as peft reads them.
 
 Held-out documents are scored once, after the last step: nothing is tuned on them and there is no early stopping.
 """
@@ -15,6 +17,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,12 +26,17 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 
+from fac_jax.backbone.weights import load_backbone
 from fac_jax.config import Config
 from fac_jax.downstream.evaluate import auprc, auroc, paired_bootstrap, spread
-from fac_jax.downstream.head import fit
+from fac_jax.downstream.head import balanced, fit
+from fac_jax.downstream.lora import save_peft
+from fac_jax.downstream.pieces import Group, Text
+from fac_jax.downstream.tune import make_tuner, score_texts, tune
 from fac_jax.errors import UserError
+from fac_jax.mesh import make_mesh
 from fac_jax.runs import write_text, writing
 from fac_jax.scan.product import Scan, load_scans
 from fac_jax.text import POSITIVE_ABOVE
@@ -44,6 +52,8 @@ class Examples:
     ids: tuple[str, ...]
     x_nd: Float[np.ndarray, "n d"]
     positive_n: Bool[np.ndarray, " n"]
+    tokens: tuple[Int[np.ndarray, " t"], ...]
+    """Under the chat template, as they were scanned."""
 
     def plus(self, other: Examples) -> Examples:
         """These, and those of `other` that are not among these."""
@@ -53,6 +63,7 @@ class Examples:
             self.ids + tuple(other.ids[row] for row in new),
             np.concatenate([self.x_nd, other.x_nd[new]]),
             np.concatenate([self.positive_n, other.positive_n[new]]),
+            self.tokens + tuple(other.tokens[row] for row in new),
         )
 
     @property
@@ -78,11 +89,15 @@ def finetune(config: Config, out: Path, inputs: Mapping[str, Path]) -> dict[str,
     arms = _arms(examples)
     for name, arm in arms.items():
         check_disjoint(arm.ids, heldout.ids, name, config.finetune.heldout)
-    scores = {n: _score(config, arm, heldout, arms["seed"]) for n, arm in arms.items() if arm.has_both_classes}
-    if not scores:
+    if not any(arm.has_both_classes for arm in arms.values()):
         raise UserError(
             "no training arm has documents of both classes; give the sources of coverage.seed a label field"
         )
+    trained = {name: arm for name, arm in arms.items() if arm.has_both_classes}
+    if config.finetune.method == "lora":
+        scores = _tuned_scores(config, out, trained, heldout, scans[0].identity.model_digest)
+    else:
+        scores = {name: _head_scores(config, arm, heldout, arms["seed"]) for name, arm in trained.items()}
     evaluation = _evaluation(config, arms, scores, heldout)
     _write_predictions(out / "predictions.parquet", scores, heldout, config.finetune.seeds)
     write_text(out / "eval.json", json.dumps(evaluation, indent=1, allow_nan=False))
@@ -123,7 +138,13 @@ def _examples(scan: Scan) -> Examples | None:
             f"{len(silent)} labelled documents of data set {scan.identity.name!r} have no content token, the first is "
             f"{scan.ids_n[silent[0]]} ({source}); raise the data set's max_tokens or leave them out"
         )
-    return Examples(tuple(scan.ids_n[rows].tolist()), scan.mean_residuals()[rows], scan.labels_n[rows] > POSITIVE_ABOVE)
+    tokens = scan.documents("token_ids")["token_ids"].take(pa.array(rows))
+    return Examples(
+        tuple(scan.ids_n[rows].tolist()),
+        scan.mean_residuals()[rows],
+        scan.labels_n[rows] > POSITIVE_ABOVE,
+        tuple(np.asarray(ids, np.int32) for ids in tokens.to_pylist()),
+    )
 
 
 def _arms(examples: Mapping[str, Examples | None]) -> dict[str, Examples]:
@@ -131,12 +152,12 @@ def _arms(examples: Mapping[str, Examples | None]) -> dict[str, Examples]:
     some = next((part for part in examples.values() if part is not None), None)
     if some is None:
         raise UserError("no training arm has labelled documents; give the sources of coverage.seed a label field")
-    none = Examples((), some.x_nd[:0], some.positive_n[:0])
+    none = Examples((), some.x_nd[:0], some.positive_n[:0], ())
     seed, random, kept, anchor = (examples[name] or none for name in ("seed", "random", "kept", "anchor"))
     return {"seed": seed, "seed+random": seed.plus(random), "seed+kept": seed.plus(kept), "anchor": anchor}
 
 
-def _score(config: Config, arm: Examples, heldout: Examples, seed: Examples) -> Float[np.ndarray, "s n"]:
+def _head_scores(config: Config, arm: Examples, heldout: Examples, seed: Examples) -> Float[np.ndarray, "s n"]:
     """Logits of the held-out documents, one row per training seed.
 
     Features are standardised with the mean and deviation of the seed arm, the same for every arm.
@@ -145,6 +166,36 @@ def _score(config: Config, arm: Examples, heldout: Examples, seed: Examples) -> 
     mean_d, sd_d = reference.x_nd.mean(0), reference.x_nd.std(0) + 1e-6
     head_sd, bias_s = fit((arm.x_nd - mean_d) / sd_d, arm.positive_n, config.finetune)
     return head_sd @ ((heldout.x_nd - mean_d) / sd_d).T + bias_s[:, None]
+
+
+def _tuned_scores(
+    config: Config, out: Path, arms: Mapping[str, Examples], heldout: Examples, model: str
+) -> dict[str, Float[np.ndarray, "s n"]]:
+    """The same of adapters and head, of every arm; `model` is the digest of the backbone that made the scans."""
+    loaded = load_backbone(config.backbone.model, None, config.backbone.dtype, make_mesh(config.mesh))
+    if loaded.digest != model:
+        raise UserError(
+            f"the scans were made with model {model}, {config.backbone.model} is {loaded.digest}: scan again"
+        )
+    tuner = make_tuner(loaded, "classifier", config.finetune, config.backbone)
+    scores = {}
+    for name, arm in arms.items():
+        found = []
+        for seed in config.finetune.seeds:
+            folder = out / "arms" / name / f"seed-{seed}"
+            learned = tune(tuner, _groups(arm), seed, folder)
+            save_peft(folder, learned.adapters, learned.head_d, config.finetune.lora, config.backbone.model)
+            found.append(score_texts(tuner, learned, _groups(heldout))[:, 0])
+        scores[name] = np.stack(found)
+    for name in arms:  # only once all are there: a stopped run goes on from them
+        for seed in config.finetune.seeds:
+            shutil.rmtree(out / "arms" / name / f"seed-{seed}" / "checkpoints")
+    return scores
+
+
+def _groups(examples: Examples) -> list[Group]:
+    rows = zip(examples.tokens, examples.positive_n, balanced(examples.positive_n), strict=True)
+    return [(Text(ids, np.zeros(len(ids), bool), float(positive), float(weight)),) for ids, positive, weight in rows]
 
 
 def _evaluation(
@@ -169,7 +220,8 @@ def _evaluation(
             if arm in scores and other in scores
         ],
         "head": {
-            "features": f"mean residual of content tokens, layer {config.backbone.layer}, standardised on the seed arm",
+            "method": config.finetune.method,
+            "features": _features(config),
             "imbalance": "both classes of an arm have the same total weight in the loss",
             "epochs": config.finetune.epochs,
             "learning_rate": config.finetune.learning_rate,
@@ -177,6 +229,13 @@ def _evaluation(
             "seeds": list(config.finetune.seeds),
         },
     }
+
+
+def _features(config: Config) -> str:
+    if config.finetune.method == "head":
+        return f"mean residual of content tokens, layer {config.backbone.layer}, standardised on the seed arm"
+    lora = config.finetune.lora
+    return f"last token behind the final norm, with adapters of rank {lora.rank} on {', '.join(lora.matrices)}"
 
 
 def _added(name: str, arm: Examples, seed: Examples) -> int:

@@ -25,18 +25,22 @@ def fit(
     x_nd: Float[np.ndarray, "n d"], positive_n: Bool[np.ndarray, " n"], config: FinetuneConfig
 ) -> tuple[Float[np.ndarray, "s d"], Float[np.ndarray, " s"]]:
     """Weights and biases of one head per seed of `config`, trained on standardised features of both classes."""
-    share_n = np.where(positive_n, positive_n.mean(), 1 - positive_n.mean())
     order_sib = np.stack([minibatches(len(x_nd), config.batch, config.epochs, seed) for seed in config.seeds])
     first_sd = np.stack([np.random.default_rng(seed).normal(0, INIT_STD, x_nd.shape[1]) for seed in config.seeds])
     head_sd, bias_s = train_heads(
         jnp.asarray(x_nd, jnp.float32),
         jnp.asarray(positive_n, jnp.float32),
-        jnp.asarray(0.5 / share_n, jnp.float32),
+        jnp.asarray(balanced(positive_n), jnp.float32),
         jnp.asarray(order_sib),
         jnp.asarray(first_sd, jnp.float32),
         config.learning_rate,
     )
     return np.asarray(head_sd), np.asarray(bias_s)
+
+
+def balanced(positive_n: Bool[np.ndarray, " n"]) -> Float[np.ndarray, " n"]:
+    """Weights with which both classes have the same total."""
+    return 0.5 / np.where(positive_n, positive_n.mean(), 1 - positive_n.mean())
 
 
 def minibatches(n: int, batch: int, epochs: int, seed: int) -> Int[np.ndarray, "i b"]:

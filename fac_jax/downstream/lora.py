@@ -2,12 +2,14 @@
 
 Here matrices are [in, out] as in `backbone/model.py`, so A is [in, rank] and B [rank, out], one of each a block and
 matrix. A starts uniform as peft's does and B at 0: the first step sees the model as it was. A and B are float32 and lie
-on the mesh as the matrix does that they are added to. Reads and writes no file.
+on the mesh as the matrix does that they are added to.
 """
 
 from __future__ import annotations
 
+import json
 import math
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -16,12 +18,20 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Array, PRNGKeyArray
+from jaxtyping import Array, Float, PRNGKeyArray
+from safetensors.numpy import save_file
 
 from fac_jax.backbone.config import ModelConfig
 from fac_jax.backbone.model import Backbone, Tree, parameters
 from fac_jax.config import LoraConfig
 from fac_jax.mesh import FEATURE
+from fac_jax.runs import write_text, writing
+
+MODULES = {
+    "q": "self_attn.q_proj", "k": "self_attn.k_proj", "v": "self_attn.v_proj", "o": "self_attn.o_proj",
+    "gate": "mlp.gate_proj", "up": "mlp.up_proj", "down": "mlp.down_proj",
+}  # fmt: skip
+"""Names of the matrices in Hugging Face's models."""
 
 
 def init_lora(config: ModelConfig, lora: LoraConfig, seed: int, mesh: Mesh) -> Tree:
@@ -71,6 +81,32 @@ def merged(model: Backbone, params: Tree, lora: LoraConfig) -> Backbone:
         both = params[f"lora_a_{name}"], params[f"lora_b_{name}"]
         whole.blocks[f"w_{name}"] = nnx.Param(jax.jit(add, out_shardings=place)(w[...], *both))
     return whole
+
+
+def save_peft(folder: Path, params: Tree, head_d: Float[Array, " d"], lora: LoraConfig, model: str) -> None:
+    """The adapters as peft reads them (`PeftModel.from_pretrained`), and beside them head.safetensors."""
+    tensors = {}
+    for name in lora.matrices:
+        for side in "ab":
+            stacked = np.asarray(params[f"lora_{side}_{name}"], np.float32)
+            for block, value in enumerate(stacked):
+                where = f"base_model.model.model.layers.{block}.{MODULES[name]}.lora_{side.upper()}.weight"
+                tensors[where] = np.ascontiguousarray(value.T)
+    config = {
+        "peft_type": "LORA",
+        "base_model_name_or_path": model,
+        "task_type": None,
+        "r": lora.rank,
+        "lora_alpha": lora.alpha,
+        "lora_dropout": lora.dropout,
+        "target_modules": [MODULES[name].rpartition(".")[2] for name in lora.matrices],
+        "bias": "none",
+        "inference_mode": True,
+    }
+    for file, found in (("adapter_model.safetensors", tensors), ("head.safetensors", {"weight": np.asarray(head_d)})):
+        with writing(folder / file) as temporary:
+            save_file(found, temporary, {"format": "pt"})
+    write_text(folder / "adapter_config.json", json.dumps(config, indent=1))
 
 
 def trained_parameters(params: Tree) -> int:

@@ -141,8 +141,9 @@ def _finding(finetune: Row) -> str:
 
 def _setting(finetune: Row) -> str:
     heldout, head = finetune["heldout"], finetune["head"]
+    frozen = "" if head.get("method") == "lora" else "frozen "  # older products do not say: theirs were
     return (
-        f"A linear head on frozen features ({head['features']}): {head['epochs']} epochs of Adam at "
+        f"A linear head on {frozen}features ({head['features']}): {head['epochs']} epochs of Adam at "
         f"{number(head['learning_rate'])}, batch {head['batch']}; {head['imbalance']}. Held out: "
         f"{heldout['documents']:,} documents, {heldout['positive']:,} positive, in no training arm; scored once, "
         "after the last step. The arm “anchor” is trained on every labelled anchor document: what real data would "

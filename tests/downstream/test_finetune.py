@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,12 +14,16 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from fac_jax.config import Config, FinetuneConfig
+from fac_jax.backbone.weights import load_backbone
+from fac_jax.config import BackboneConfig, Config, FinetuneConfig, LoraConfig, MeshConfig
 from fac_jax.downstream import finetune as stage
 from fac_jax.downstream.finetune import finetune
-from fac_jax.errors import UserError
+from fac_jax.downstream.tune import tune
+from fac_jax.errors import Stopped, UserError
+from fac_jax.mesh import make_mesh
 from fac_jax.scan.parts import Identity
 from fac_jax.scan.tables import DOCUMENTS, PEAKS
+from tests.backbone.tiny_backbone import tiny_tokenizer, write_model
 
 NICE, VILE = ["good", "kind", "calm"], ["bad", "vile", "cruel"]
 PLAIN = ["the", "a", "dog", "cat", "is", "was", "very"]
@@ -70,6 +75,7 @@ class Experiment:
             documents.append({
                 "index": index, "id": row["text"], "label": row["label"], "source": f"{name}.jsonl:{index + 1}",
                 "text": row["text"], "content_tokens": len(words), "mean_residual": mean_d,
+                "token_ids": [10 + WORDS.index(word) for word in words],
             })  # fmt: skip
         pq.write_table(pa.Table.from_pylist(documents, DOCUMENTS), folder / "documents.parquet")
         pq.write_table(PEAKS.empty_table(), folder / "peaks.parquet")
@@ -160,3 +166,64 @@ def test_scans_of_another_backbone_are_not_mixed_in(experiment: Experiment) -> N
     experiment.models["heldout"] = "other"
     with pytest.raises(UserError, match="was made with model_digest other"):
         experiment.run()
+
+
+@pytest.fixture
+def tuned(experiment: Experiment) -> Experiment:
+    """The same with adapters in a tiny model that made the scans."""
+    model = experiment.folder / "model"
+    write_model(model)
+    tiny_tokenizer().save_pretrained(model)
+    digest = load_backbone(str(model), 1, "float32", make_mesh(MeshConfig(1, 1))).digest
+    settings = FinetuneConfig(
+        method="lora", epochs=8, learning_rate=1e-2, batch=8, seeds=(42, 43), lora=LoraConfig(rank=4)
+    )
+    experiment.models = dict.fromkeys(experiment.rows, digest)
+    experiment.config = Config(
+        mesh=MeshConfig(1, 1),
+        backbone=BackboneConfig(model=str(model), dtype="float32", rows_per_batch=2, row_tokens=32),
+        finetune=settings,
+    )
+    return experiment
+
+
+def test_adapters_are_trained_and_kept(tuned: Experiment) -> None:
+    tuned.run()
+    evaluation = tuned.evaluation()
+    assert evaluation["head"]["method"] == "lora" and "adapters of rank 4 on q, k" in evaluation["head"]["features"]
+    assert evaluation["arms"]["anchor"]["auprc"]["mean"] > 0.9, "the word that tells is the last one"
+    assert len(evaluation["arms"]["seed+kept"]["auprc"]["values"]) == 2
+    files = {str(f.relative_to(tuned.out)) for f in tuned.out.rglob("*") if f.is_file()}
+    arms = ("seed", "seed+random", "seed+kept", "anchor")
+    names = ("adapter_config.json", "adapter_model.safetensors", "head.safetensors", "metrics.jsonl")
+    kept = {f"arms/{arm}/seed-{seed}/{name}" for arm in arms for seed in (42, 43) for name in names}
+    assert files == kept | {"eval.json", "predictions.parquet"}, "no checkpoint is left"
+
+
+def test_a_stopped_arm_is_gone_on_with(tuned: Experiment, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All ends as it would have."""
+    tuned.config = dataclasses.replace(
+        tuned.config, finetune=dataclasses.replace(tuned.config.finetune, epochs=1, seeds=(42,))
+    )
+    tuned.run()
+    undisturbed = {f: f.read_bytes() for f in sorted(tuned.out.rglob("*")) if f.is_file()}
+    shutil.rmtree(tuned.out)
+
+    def tiring(tuner: Any, groups: Any, seed: int, folder: Path) -> Any:
+        if folder.parent.name == "seed+kept":
+            raise Stopped("SIGTERM")
+        return tune(tuner, groups, seed, folder)
+
+    monkeypatch.setattr(stage, "tune", tiring)
+    with pytest.raises(Stopped):
+        tuned.run()
+    assert (tuned.out / "arms" / "seed+random" / "seed-42" / "adapter_model.safetensors").exists()
+    monkeypatch.setattr(stage, "tune", tune)
+    tuned.run()
+    assert {f: f.read_bytes() for f in sorted(tuned.out.rglob("*")) if f.is_file()} == undisturbed
+
+
+def test_a_model_that_did_not_make_the_scans_is_refused(tuned: Experiment) -> None:
+    tuned.models = {}
+    with pytest.raises(UserError, match="the scans were made with model model, .*model is [0-9a-f]{16}: scan again"):
+        tuned.run()

@@ -14,15 +14,13 @@ from jax.sharding import Mesh
 from fac_jax.backbone.model import logits, residual
 from fac_jax.backbone.weights import Loaded, load_backbone
 from fac_jax.config import LoraConfig, MeshConfig
-from fac_jax.downstream.lora import adapters, init_lora, merged, trained_parameters
+from fac_jax.downstream.lora import MODULES, adapters, init_lora, merged, save_peft, trained_parameters
 from fac_jax.downstream.objectives import Objective, Piece, loss_sum, scores
 from fac_jax.downstream.pieces import Text, pack_batch
 from fac_jax.errors import UserError
 from fac_jax.mesh import make_mesh
 from tests.backbone.test_model import CASES, hugging_face, whole
 
-MATRICES = {"q": "self_attn.q_proj", "k": "self_attn.k_proj", "v": "self_attn.v_proj", "o": "self_attn.o_proj",
-            "gate": "mlp.gate_proj", "up": "mlp.up_proj", "down": "mlp.down_proj"}  # fmt: skip
 LORA = LoraConfig(rank=4, alpha=6.0, dropout=0.0)
 
 
@@ -40,7 +38,7 @@ def with_peft(model: Any) -> tuple[Any, dict[str, np.ndarray]]:
     """The model with random adapters, and these adapters as ours are laid out."""
     torch = pytest.importorskip("torch")
     peft = pytest.importorskip("peft")
-    names = [name.rpartition(".")[2] for name in MATRICES.values()]
+    names = [name.rpartition(".")[2] for name in MODULES.values()]
     config = peft.LoraConfig(r=LORA.rank, lora_alpha=LORA.alpha, lora_dropout=0.0, target_modules=names)
     adapted = peft.get_peft_model(model, config)
     torch.manual_seed(1)
@@ -55,7 +53,7 @@ def ours(adapted: Any, read: Any) -> dict[str, np.ndarray]:
     """What `read` says of each of peft's adapters, stacked over blocks and transposed, under our names."""
     blocks = adapted.base_model.model.model.layers
     found = {}
-    for short, name in MATRICES.items():
+    for short, name in MODULES.items():
         part, module = name.split(".")
         layers = [getattr(getattr(block, part), module) for block in blocks]
         for side in "ab":
@@ -146,6 +144,25 @@ def test_merged_matrices_do_what_the_adapters_do(tmp_path: Path, mesh: Mesh) -> 
     for name, value in loaded.model.blocks.items():
         np.testing.assert_array_equal(np.array(value[...]), before[name], err_msg="the model itself is as it was")
         assert alone.blocks[name][...].sharding == value[...].sharding
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # peft asks for it
+def test_peft_loads_what_was_saved(tmp_path: Path, mesh_1x1: Mesh) -> None:
+    import peft
+    import torch
+
+    model = hugging_face(*CASES["qwen2"], tmp_path / "model")
+    loaded = load_backbone(str(tmp_path / "model"), None, "float32", mesh_1x1)
+    lora = LoraConfig(rank=4, alpha=6.0, matrices=("q", "o", "gate", "down"))
+    params = filled(loaded, lora)
+    (tmp_path / "saved").mkdir()
+    save_peft(tmp_path / "saved", params, jnp.ones(32), lora, str(tmp_path / "model"))
+    theirs = peft.PeftModel.from_pretrained(model, str(tmp_path / "saved")).eval()
+    tokens_bt = np.random.default_rng(0).integers(0, 260, (2, 24)).astype(np.int32)
+    with torch.no_grad():
+        wanted = theirs(torch.tensor(tokens_bt.astype(np.int64))).logits.numpy()
+    got = logits(loaded.model, residual(loaded.model, *whole(tokens_bt), 3, adapters(params, lora, None)))
+    np.testing.assert_allclose(np.asarray(got), wanted, atol=1e-4 * np.abs(wanted).max())
 
 
 def test_adapters_start_as_nothing_and_lie_like_their_matrices(tmp_path: Path, mesh_2x4: Mesh) -> None:
