@@ -5,12 +5,12 @@ from __future__ import annotations
 from fac_jax.report.blocks import Section, numbers, table, texts
 from fac_jax.report.markup import join, tag
 from fac_jax.report.products import Row, RunView
-from fac_jax.synthesis.ablation import FIGURES, said, shown_figures
+from fac_jax.synthesis.ablation import FIGURES, LEGEND, said, shown_figures
 
 SAID = (
     "All arms are measured by the features that the seed set misses. An arm that writes for other features keeps what "
     "activates those, and meets the missing ones by chance. Texts and tokens are counted as if each arm stood alone; "
-    "behind ± stands half of the 95% interval over seeds."
+    f"behind ± stands half of the 95% interval over seeds. {LEGEND}"
 )
 
 

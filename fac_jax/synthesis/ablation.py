@@ -46,18 +46,22 @@ from fac_jax.synthesis.synthesize import Written, write_samples
 LOG = "generations.jsonl"
 TWIN = re.compile(r"near duplicate of ")
 FIGURES = {
-    "hit_rate": "missing features hit by what is kept",
-    "hit_rate_written": "... by all samples written",
+    "hit_rate": "hit rate",
+    "hit_rate_written": "of all written",
     "written": "texts",
-    "valid_share": "samples among them",
+    "valid_share": "samples",
     "near_duplicate_rate": "near duplicates",
     "kept": "kept",
-    "texts_per_hit": "texts a hit feature",
-    "tokens_per_hit": "tokens a hit feature",
-    "cost_per_hit": "money a hit feature",
+    "texts_per_hit": "texts a hit",
+    "tokens_per_hit": "tokens a hit",
+    "cost_per_hit": "money a hit",
     "nats_per_token": "nats a token",
 }
 """Figures of an arm, and what they are called in tables."""
+LEGEND = (
+    "Hit rate: the share of the missing features that what is kept activates (each a hit), and that all samples written "
+    "do."
+)
 SHARES = ("hit_rate", "hit_rate_written", "valid_share", "near_duplicate_rate")
 """Those in 0 to 1."""
 
@@ -161,7 +165,8 @@ def table(product: Mapping[str, Any]) -> RenderableType:
         shown.add_row(name, *(said(figure, row[figure]) for figure in columns))
     seeds = len({one["seed"] for one in product["outcomes"]})
     title = f"{product['name']}: written by {product['generator']}, {seeds} seed{'s' * (seeds > 1)}"
-    return Group(Text(title + (", ± is half of the 95% interval" if seeds > 1 else ""), style="bold"), shown)
+    title += ", ± is half of the 95% interval" if seeds > 1 else ""
+    return Group(Text(title, style="bold"), shown, Text(LEGEND))
 
 
 def shown_figures(product: Mapping[str, Any]) -> list[str]:
