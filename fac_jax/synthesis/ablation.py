@@ -59,8 +59,8 @@ FIGURES = {
 }
 """Figures of an arm, and what they are called in tables."""
 LEGEND = (
-    "Hit rate: the share of the missing features that what is kept activates (each a hit), and that all samples written "
-    "do."
+    "Hit rate: the share of the missing features that what is kept activates (each a hit), and that everything written "
+    "does."
 )
 SHARES = ("hit_rate", "hit_rate_written", "valid_share", "near_duplicate_rate")
 """Those in 0 to 1."""
