@@ -194,10 +194,13 @@ def status(config: Config, verb: str, options: dict[str, str]) -> None:
 
 
 def convert(config: Config, verb: str, options: dict[str, str]) -> None:
-    """Write an SAE in another form, or the backbone as a Hugging Face directory, for servers that read no GGUF."""
+    """Write an SAE in another form, or the backbone as a Hugging Face directory: for servers that read no GGUF, or with
+    an adapter merged into it."""
     if "to" not in options:
         raise UserError("fac convert needs --to FOLDER, the folder to write")
     if "sae" in options:
+        if "adapter" in options:
+            raise UserError("--adapter is for the backbone, --sae for an SAE: leave one out")
         _convert_sae(options)
         return
     for name in ("format", "k"):
@@ -205,9 +208,11 @@ def convert(config: Config, verb: str, options: dict[str, str]) -> None:
             raise UserError(f"--{name} {options[name]} is for an SAE: name it with --sae")
     if config == Config():
         raise UserError("fac convert needs a CONFIG, whose backbone it converts, or --sae SAE")
+    from fac_jax.backbone.adapter import Adapter
     from fac_jax.backbone.export import export_hf
 
-    print(f"written: {export_hf(config.backbone.model, options['to'])}")
+    adapter = Adapter(options["adapter"]) if "adapter" in options else None
+    print(f"written: {export_hf(config.backbone.model, options['to'], adapter=adapter)}")
 
 
 def _convert_sae(options: dict[str, str]) -> None:

@@ -83,7 +83,7 @@ VERBS = {
     "export": Verb("kept samples to files that other programs load, or to the hub", ("run", "judge"), commands.export),
     "status": Verb("what is done, outdated or missing in the run directory", _ALL, commands.status),
     "convert": Verb(
-        "the backbone (a GGUF file, say) to a Hugging Face directory; with --sae, an SAE to another program's form",
+        "the backbone (a GGUF file, or with an --adapter) to a Hugging Face directory; with --sae, an SAE to another form",
         *(("backbone",), commands.convert, False),
     ),
     "store": Verb("`fac store info|verify|merge|drop PATH`: look after activation stores", (), None, False),
@@ -123,6 +123,7 @@ OPTIONS["convert"] = {
         "that the paper's authors published, or a hub id OWNER/NAME or OWNER/NAME/FOLDER-OR-FILE-IN-IT"
     ),
     "format": "fac|sae_lens: with --sae, what to write (default: fac, which --scan.sae reads; it reads the others too)",
+    "adapter": "FOLDER: merge this LoRA into the backbone: finetune/arms/ARM/seed-N of a run, or one that peft wrote",
     "k": "K: with --sae, another number of features that a token keeps (a .pth file may hold that of mid-training)",
 }
 OPTIONS["plan"].update(

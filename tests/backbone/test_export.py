@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -10,8 +11,10 @@ from typing import Any
 import numpy as np
 import pytest
 from jax.sharding import Mesh
+from safetensors.numpy import save_file
 
 from fac_jax.backbone import export
+from fac_jax.backbone.adapter import Adapter
 from fac_jax.backbone.export import export_hf
 from fac_jax.backbone.weights import load_backbone, load_tokenizer
 from fac_jax.errors import UserError
@@ -103,3 +106,71 @@ def test_what_is_refused(tmp_path: Path) -> None:
         export_hf(str(tmp_path / "m.gguf"), tmp_path / "hf")
     with pytest.raises(UserError, match=r"dtype is 'int8'; choose from"):
         export_hf(str(tmp_path / "m.gguf"), tmp_path / "out", "int8")
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # peft asks for it
+@pytest.mark.parametrize("kind", ["gguf", "folder"])
+def test_an_adapter_of_peft_is_merged_as_peft_merges_it(tmp_path: Path, kind: str) -> None:
+    torch = pytest.importorskip("torch")
+    peft = pytest.importorskip("peft")
+    from transformers import AutoModelForCausalLM
+
+    write_gguf(tmp_path / "m.gguf")
+    plain = export_hf(str(tmp_path / "m.gguf"), tmp_path / "plain")
+    model = AutoModelForCausalLM.from_pretrained(plain, dtype=torch.float32)
+    lora = peft.get_peft_model(model, peft.LoraConfig(r=4, lora_alpha=6, target_modules=["q_proj", "down_proj"]))
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for name, value in lora.named_parameters():
+            if "lora_" in name:
+                value.copy_(torch.randn_like(value) * 0.2)
+    lora.save_pretrained(tmp_path / "adapter")
+    source = str(tmp_path / "m.gguf") if kind == "gguf" else str(plain)
+    folder = export_hf(source, tmp_path / "merged", adapter=Adapter(tmp_path / "adapter"))
+    ids = np.random.default_rng(0).integers(0, 250, 20).tolist()
+    merged = lora.merge_and_unload().eval()
+    with torch.no_grad():
+        wanted = merged(torch.tensor([ids])).logits.numpy()
+        generated = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).generate(
+            torch.tensor([ids]), max_new_tokens=5, do_sample=False, pad_token_id=0
+        )
+    np.testing.assert_allclose(torch_logits(folder, ids), wanted, atol=1e-4)
+    assert np.abs(torch_logits(plain, ids) - wanted).max() > 0.1 and generated.shape[1] > 20
+
+
+def test_what_is_no_adapter_of_the_model_is_refused(tmp_path: Path) -> None:
+    write_gguf(tmp_path / "m.gguf")
+    with pytest.raises(UserError, match="adapter is no readable adapter"):
+        Adapter(tmp_path / "adapter")
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+
+    def write(config: dict[str, Any], **tensors: np.ndarray) -> None:
+        (adapter / "adapter_config.json").write_text(
+            json.dumps({"peft_type": "LORA", "r": 2, "lora_alpha": 2} | config)
+        )
+        save_file(
+            {name.replace("__", "."): value for name, value in tensors.items()}, adapter / "adapter_model.safetensors"
+        )
+
+    sides = {
+        "q_proj__lora_A__weight": np.ones((2, 32), np.float32),
+        "q_proj__lora_B__weight": np.ones((9, 2), np.float32),
+    }
+    for config, tensors, words in (
+        ({"peft_type": "IA3"}, {}, "type 'IA3'; only LORA is read"),
+        ({"use_dora": True}, {}, "use_dora True, which is not read"),
+        ({}, {"embed__weight": np.ones(2, np.float32)}, "holds embed.weight, which is no part of a LoRA"),
+    ):
+        write(config, **tensors)
+        with pytest.raises(UserError, match=words):
+            Adapter(adapter)
+    write({}, **{f"model__layers__7__self_attn__{name}": value for name, value in sides.items()})
+    with pytest.raises(UserError, match="adds to model.layers.7.self_attn.q_proj.weight, which .* has not"):
+        export_hf(str(tmp_path / "m.gguf"), tmp_path / "out", adapter=Adapter(adapter))
+    write({}, **{f"model__layers__0__self_attn__{name}": value for name, value in sides.items()})
+    with pytest.raises(
+        UserError, match=r"adds \[9, 32\] to model.layers.0.self_attn.q_proj.weight, .* shape \[32, 32\]"
+    ):
+        export_hf(str(tmp_path / "m.gguf"), tmp_path / "out", adapter=Adapter(adapter))
+    assert not (tmp_path / "out").exists()
