@@ -9,4 +9,6 @@ export FAC_TASKS_SAE
 cd "$ROOT"
 fac_install "dev,torch" "$ROOT/launch/quickstart-data.txt" "$ROOT/launch/tasks-data.txt"
 export FAC_SIDECAR_CACHE="${FAC_JAX_CACHE:-}" # the tests have a cache folder of their own, which ends with them
+# Each run is a process of its own, and compiles the same programs: the first one leaves them to the others.
+export JAX_COMPILATION_CACHE_DIR="${JAX_COMPILATION_CACHE_DIR:-$(mktemp -d)}"
 exec .venv/bin/python -m pytest tests/synthesis/real_tasks.py --capture=no "$@"
