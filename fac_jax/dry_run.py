@@ -1,6 +1,7 @@
 """What a run would ask of the server at `llm.url`, before anything is sent or spent: `fac run CONFIG --dry-run`.
 
 Reads the products that are there, the replies that a stopped stage has kept, and the cache; sends and writes nothing.
+Stages whose method is embedded ask nothing.
 What is asked first is counted exactly. Questions about answers that are not there yet (does this explanation fit, is it
 relevant, the second step of synthesis) are bounded: so many at most, as long as those that are known. Tokens read are
 guessed from characters; tokens written are the most that may be.
@@ -24,7 +25,7 @@ from rich.text import Text
 from fac_jax.backbone.weights import load_tokenizer
 from fac_jax.config import Config
 from fac_jax.errors import UserError
-from fac_jax.features.explain import active_features, explain_with, later_requests
+from fac_jax.features.explain import active_features, explain_with, generation_features, later_requests
 from fac_jax.features.passes import judge_with
 from fac_jax.features.spans import read_passages
 from fac_jax.features.task import load_task
@@ -98,10 +99,15 @@ def estimates(config: Config, wanted: Sequence[str]) -> list[Estimate]:
     cache = open_cache() if config.llm.cache else None
     found = []
     for name in wanted:
-        if name not in ASKING:
+        if name not in ASKING or not _asks(config, name):
             continue
         if run.state(stages[name], stages)[0] == "done":
             found.append(Estimate(name, [], 0, 0, "done"))
+            continue
+        if name == "explanations" and config.method_of(config.explain) == "embedded":
+            count = generation_features(config) * config.explain.generation_texts
+            note = f"embedded; the server then writes {count:,} texts from explanations at most, which are not counted"
+            found.append(Estimate(name, [], 0, count, note))
             continue
         owners = {source.partition("/")[0] for source in stages[name].inputs}
         missing = [owner for owner in stages if owner in owners and run.state(stages[owner], stages)[0] != "done"]
@@ -131,6 +137,13 @@ def estimate(config: Config, name: str, out: Path, inputs: Mapping[str, Path], c
         cached = len(cache.get(keys(identity, [chat_body(model, request) for request in requests])))
     later = len(requests) if collector.later is None else collector.later
     return Estimate(name, requests, cached, later)
+
+
+def _asks(config: Config, name: str) -> bool:
+    """Whether the server is asked anything by the stage `name`."""
+    if name == "relevance":
+        return config.method_of(config.judge) == "llm"
+    return name != "explanations" or config.method_of(config.explain) == "llm" or generation_features(config) > 0
 
 
 def _explain(config: Config, collector: _Collector, inputs: Mapping[str, Path], folder: Path) -> None:

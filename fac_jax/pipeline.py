@@ -18,7 +18,7 @@ from typing import Any
 
 from fac_jax.activations.harvest import harvest
 from fac_jax.activations.store import read_manifest, stores_at
-from fac_jax.config import Config, DataSet, ScanConfig, SweepConfig
+from fac_jax.config import Config, DataSet, ExplainConfig, JudgeConfig, LlmConfig, ScanConfig, SweepConfig
 from fac_jax.corpus_files import fingerprints as corpus_fingerprints
 from fac_jax.corpus_files import local_files
 from fac_jax.coverage.measure import coverage, evaluate
@@ -193,21 +193,27 @@ def _diversity_settings(config: Config, name: str) -> dict[str, Any]:
     return {**settings, "data": {each: data_fingerprint(config, each) for each in read}}
 
 
-def _writer(config: Config) -> dict[str, Any]:
-    """Who answers, and the prompts it is given."""
+def _writer(config: Config, asked: bool = True) -> dict[str, Any]:
+    """Who answers, and the prompts it is given; no server where none is `asked`."""
     task = {"name": config.judge.task, "files": load_task(config.judge.task).digest}
-    return {"url": config.llm.url, "model": config.llm.model, "task": task, "seed": config.run.seed}
+    llm = config.llm if asked else LlmConfig()
+    return {"url": llm.url, "model": llm.model, "task": task, "seed": config.run.seed}
 
 
 def _explain_settings(config: Config) -> dict[str, Any]:
-    settings = {"explain": config.explain, **_backbone(config), "sae": external_sae(config.scan.sae)}
-    if generation_features(config):  # how many of the written texts reach it is counted
+    method, written_for = config.method_of(config.explain), generation_features(config)
+    explain = {"explain": replace(config.explain, method=ExplainConfig.method), "method": method}
+    settings = {**explain, **_backbone(config), "sae": external_sae(config.scan.sae)}
+    if written_for:  # how many of the written texts reach it is counted
         settings["threshold"] = config.coverage.threshold
-    return {**settings, "writer": _writer(config), "prompts": shared_digest()}
+    writer = _writer(config, asked=method == "llm" or written_for > 0)
+    return {**settings, "writer": writer, "prompts": shared_digest()}
 
 
 def _judge_settings(config: Config) -> dict[str, Any]:
-    return {"judge": config.judge, "writer": _writer(config)}
+    method = config.method_of(config.judge)
+    judge = {"judge": replace(config.judge, method=JudgeConfig.method), "method": method}
+    return {**judge, "writer": _writer(config, asked=method == "llm")}
 
 
 def _synthesis_settings(config: Config) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""The configs of the published setting: they load, and train unchanged on one CPU but for sizes."""
+"""The configs of the published setting: they load, and train unchanged on one CPU but for sizes; those of the tasks."""
 
 from __future__ import annotations
 
@@ -8,9 +8,11 @@ import pytest
 
 from fac_jax.cli import main
 from fac_jax.config import load_config
+from fac_jax.features.task import task_names
 from tests.sae.tiny_store import make_store
 
 CONFIGS = Path(__file__).parents[1] / "configs"
+TASKS = ("helpfulness", "instruction_following", "sycophancy", "survival")
 PUBLISHED = {"llama31_8b_l16": (16, 286), "qwen2_7b_l14": (14, 256), "mistral_7b_l16": (16, 256)}
 
 
@@ -37,3 +39,20 @@ def test_they_train_unchanged_on_one_cpu(name: str, tmp_path: Path, capsys: pyte
     arguments = [word for key, value in flags.items() for word in (f"--{key}", value)]
     assert main(["train", str(CONFIGS / f"{name}.yaml"), *arguments]) == 0
     assert "steps: 20" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_a_task_runs_on_the_quickstarts_model_and_sae_with_labelled_text_of_its_own(name: str) -> None:
+    config, base = load_config(CONFIGS / f"tasks/{name}.yaml"), load_config(CONFIGS / "quickstart.yaml")
+    assert (config.judge.task, config.run.dir) == (name, f"runs/tasks/{name}")
+    for part in ("backbone", "harvest", "sae", "train", "scan", "coverage"):
+        assert getattr(config, part) == getattr(base, part)
+    anchor, seed = config.dataset("anchor"), config.dataset("seed")
+    assert {source.constant_label for source in anchor.sources} == {0.0, 1.0}
+    assert (seed.sources, seed.sample, anchor.sample) == (anchor.sources, 0.1, 1.0)
+    assert anchor.sources != base.dataset("anchor").sources
+
+
+def test_every_task_has_a_config() -> None:
+    assert sorted(path.stem for path in (CONFIGS / "tasks").glob("*.yaml")) == sorted(TASKS)
+    assert {*TASKS, load_config(CONFIGS / "quickstart.yaml").judge.task} == set(task_names())

@@ -10,7 +10,7 @@ import pytest
 from rich.console import Console
 
 from fac_jax import dry_run
-from fac_jax.config import Config, JudgeConfig, LlmConfig, RunConfig, load_config
+from fac_jax.config import Config, ExplainConfig, JudgeConfig, LlmConfig, RunConfig, load_config
 from fac_jax.dry_run import estimate, estimates, table
 from fac_jax.errors import UserError
 from fac_jax.llm.cache import open_cache
@@ -81,6 +81,23 @@ def test_before_there_are_products_it_says_what_to_run_first(tmp_path: Path) -> 
         console.print(table(config, found))
     assert "run `fac train CONFIG` first" in captured.get() or "run `fac harvest CONFIG` first" in captured.get()
     assert not (tmp_path / "none").exists()
+
+
+def test_what_is_embedded_asks_nothing(tmp_path: Path) -> None:
+    config = load_config(ROOT / "configs/quickstart.yaml")
+    config = dataclasses.replace(
+        config,
+        run=RunConfig(dir=str(tmp_path / "none")),
+        llm=LlmConfig(url="http://127.0.0.1:9/v1"),
+        explain=ExplainConfig(method="embedded"),
+        judge=JudgeConfig(method="embedded"),
+    )
+    stages = ["explanations", "relevance", "synthesis"]
+    assert [one.stage for one in estimates(config, stages)] == ["synthesis"]
+    config = dataclasses.replace(config, explain=ExplainConfig(method="embedded", generation_features=3))
+    explanations, synthesis = estimates(config, stages)
+    assert (explanations.stage, explanations.later, synthesis.stage) == ("explanations", 12, "synthesis")
+    assert "the server then writes 12 texts from explanations" in explanations.note
 
 
 def test_without_a_server_it_says_so() -> None:

@@ -86,6 +86,30 @@ def test_live_training_needs_no_store() -> None:
     assert digest(deeper.settings) != settings()["sae"]
 
 
+def test_who_answers_changes_only_what_asks(tmp_path: Path) -> None:
+    """A server that only writes leaves explanations and relevance as they were without it."""
+    config = load_config(ROOT / "configs/quickstart.yaml")
+    asking = ("explanations", "relevance", "synthesis")
+
+    def settings(url: str | None, explain: str, judge: str, texts: int | None = None) -> list[str]:
+        changed = replace(
+            config,
+            llm=replace(config.llm, url=url),
+            explain=replace(config.explain, method=explain, generation_features=texts),  # type: ignore[arg-type]
+            judge=replace(config.judge, method=judge),  # type: ignore[arg-type]
+        )
+        stages = pipeline(changed)
+        return [digest(stages[name].settings) for name in asking]
+
+    alone, served = settings(None, "auto", "auto"), settings("http://a/v1", "auto", "auto")
+    assert all(one != other for one, other in zip(alone, served, strict=True))
+    assert settings(None, "embedded", "embedded") == alone
+    assert settings("http://a/v1", "embedded", "embedded") == [*alone[:2], served[2]]
+    assert settings("http://a/v1", "embedded", "auto") == [alone[0], *served[1:]]
+    written = [settings(url, "embedded", "auto", texts=5)[0] for url in (None, "http://a/v1", "http://b/v1")]
+    assert len({*written, alone[0]}) == 4, "texts are written from explanations: by whom matters"
+
+
 def test_every_stage_is_done_and_the_report_is_there(undisturbed: Path) -> None:
     stages = pipeline(load_config(undisturbed / "config.yaml"))
     assert set(records(undisturbed)) == {name for name, stage in stages.items() if not stage.on_request}

@@ -83,7 +83,7 @@ VERBS = {
     "export": Verb("kept samples to files that other programs load, or to the hub", ("run", "judge"), commands.export),
     "status": Verb("what is done, outdated or missing in the run directory", _ALL, commands.status),
     "convert": Verb(
-        "the backbone (a GGUF file, or with an --adapter) to a Hugging Face directory; with --sae, an SAE to another form",
+        "the backbone (a GGUF file, or with --adapter) to a Hugging Face directory; with --sae, an SAE to another form",
         *(("backbone",), commands.convert, False),
     ),
     "store": Verb("`fac store info|verify|merge|drop PATH`: look after activation stores", (), None, False),

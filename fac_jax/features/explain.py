@@ -1,6 +1,6 @@
 """Features to text (paper, section on interpreting features), and how well the text tells where they are active.
 
-Reads the anchor's scan and the SAE; with the embedded method the whole backbone too, with `llm.url` a server. Writes
+Reads the anchor's scan and the SAE; with the embedded method the whole backbone too, else a server. Writes
 `explanations.parquet`, one row per feature that is active on the anchor, `scored_spans.parquet`, one row per held-out
 span that an explanation was scored by, and `replies.jsonl` where a model was asked.
 
@@ -62,7 +62,7 @@ EXPLAIN = object_schema(
 )
 STATUSES = ("explained", "cannot tell", "failed", "left out")
 SERVER_GENERATION_FEATURES = 50
-"""Features that texts are written for with a server, unless `explain.generation_features` says otherwise."""
+"""Features that texts are written for where a server explains, unless `explain.generation_features` says otherwise."""
 
 
 def explain(config: Config, out: Path, inputs: Mapping[str, Path]) -> dict[str, Any]:
@@ -73,7 +73,7 @@ def explain(config: Config, out: Path, inputs: Mapping[str, Path]) -> dict[str, 
     scan = load_scan(inputs[f"scan:{config.coverage.anchor}"])
     folder, log = Path(config.scan.sae) if config.scan.sae else inputs["sae"], out / "replies.jsonl"
     generator = None
-    if config.llm.url is None:
+    if config.method_of(config.explain) == "embedded":
         rows, scores, tokenizer = explain_embedded(config, scan, folder)
     else:
         mesh = make_mesh(config.mesh)
@@ -157,7 +157,7 @@ def generation_features(config: Config) -> int:
     """Features that texts are written for, to score their explanations."""
     if config.explain.generation_features is not None:
         return config.explain.generation_features
-    return 0 if config.llm.url is None else SERVER_GENERATION_FEATURES
+    return 0 if config.method_of(config.explain) == "embedded" else SERVER_GENERATION_FEATURES
 
 
 def later_requests(config: Config, features: int) -> int:

@@ -5,9 +5,9 @@ on the anchor, and `relevance.json` (method, SAE, counts).
 
 - Embedded method: a feature is relevant when its peaks are higher on positively labelled anchor documents (one-sided
   Mann-Whitney test, zeros included; Benjamini-Hochberg over all tested features). AUROC is the size of the effect.
-- With `llm.url`: a model reads explanation and spans and answers Yes, Probably, Maybe or No by the task's rubric, in
-  several passes (`passes.py`). relevance.json then says how far the passes agree (`agreement.py`), and how many of the
-  spans shown look as if they were written to sway a model (`injection.py`).
+- With `llm.url`, unless `judge.method` is embedded: a model reads explanation and spans and answers Yes, Probably,
+  Maybe or No by the task's rubric, in several passes (`passes.py`). relevance.json then says how far the passes agree
+  (`agreement.py`), and how many of the spans shown look as if they were written to sway a model (`injection.py`).
 """
 
 from __future__ import annotations
@@ -46,13 +46,15 @@ RELEVANCE = pa.schema(
     }
 )  # fmt: skip
 """`labels`, `reasons` and `raw` hold one entry for each pass; `agreed` is empty where there was but one."""
+A_SERVER = "let a server judge (llm.url, with judge.method auto)"
 
 
 def judge(config: Config, out: Path, inputs: Mapping[str, Path]) -> dict[str, Any]:
     """Stage: judge every feature that is active on the anchor. Raises UserError without the labels or task it needs."""
     task, scan = load_task(config.judge.task), load_scan(inputs[f"scan:{config.coverage.anchor}"])
+    method = config.method_of(config.judge)
     of_model: dict[str, Any] = {}
-    if config.llm.url is None:
+    if method == "embedded":
         rows = judge_embedded(scan, config.judge)
     else:
         explanations = pq.read_table(inputs["explanations"] / "explanations.parquet").to_pylist()
@@ -62,7 +64,7 @@ def judge(config: Config, out: Path, inputs: Mapping[str, Path]) -> dict[str, An
         pq.write_table(pa.Table.from_pylist(rows, RELEVANCE), temporary)
     counts = Counter(row["status"] for row in rows)
     summary = {
-        "method": "embedded" if config.llm.url is None else "llm",
+        "method": method,
         "task": task.name,
         "harmful": task.description.harmful,
         "metric": task.description.metric,
@@ -84,11 +86,11 @@ def judge_embedded(scan: Scan, config: JudgeConfig) -> list[dict[str, Any]]:
     positive_n = scan.labels_n[labelled] > POSITIVE_ABOVE
     name = scan.identity.name
     if not labelled.any():
-        raise UserError(f"judge needs labels: data.{name} has none; set label/constant_label or llm.url")
+        raise UserError(f"judge needs labels: data.{name} has none; set label/constant_label, or {A_SERVER}")
     if positive_n.all() or not positive_n.any():
         raise UserError(
             f"judge needs labels of both kinds: data.{name} has {positive_n.sum()} positive and {(~positive_n).sum()} "
-            "negative documents; add sources of the other kind or set llm.url"
+            f"negative documents; add sources of the other kind, or {A_SERVER}"
         )
     peaks_nf = scan.peaks_nf[np.flatnonzero(labelled)]
     documents_f = np.bincount(peaks_nf.indices, minlength=peaks_nf.shape[1])

@@ -7,7 +7,7 @@ itself; `[ask]` is the last user turn. `$name` marks what is filled in.
 Where a sample is more than user turns, a text from the corpus would show the wrong form. Such a prompt has samples of
 its own, each a section `[sample]` with what it is about in the first line, which stand before the writer's earlier
 ones. `[ask]` may then name texts from the corpus as `$texts`, one JSON list of strings in one line; the prompts that
-ship do not: with it a model of 135M parameters wrote no question with two choices in 24 tries, and without it 6 in 36.
+ship do not: a model of 135M parameters loses the form over them.
 
 None of what is filled in can be trusted: a corpus that anyone may have written, or a model that read it. Text from the
 corpus stands where the model's own words stand, without chat control tokens, and never in a user's or system's turn.

@@ -158,6 +158,17 @@ def test_the_stage_without_a_server(embedded_inputs: dict[str, Path], tmp_path: 
     assert {path.name: path.read_bytes() for path in tmp_path.glob("*.parquet")} == products and len(products) == 2
 
 
+def test_beside_a_server_that_only_writes(embedded_inputs: dict[str, Path], tmp_path: Path) -> None:
+    """Nobody listens at this address: it is not asked."""
+    (tmp_path / "alone").mkdir()
+    explain(Config(), tmp_path / "alone", embedded_inputs)
+    (tmp_path / "beside").mkdir()
+    config = Config(explain=ExplainConfig(method="embedded"), llm=LlmConfig(url="http://127.0.0.1:9/v1"))
+    assert explain(config, tmp_path / "beside", embedded_inputs)["method"] == "embedded"
+    rows = [pq.read_table(tmp_path / name / "explanations.parquet").to_pylist() for name in ("alone", "beside")]
+    assert rows[0] == rows[1] and not (tmp_path / "beside/replies.jsonl").exists()
+
+
 def test_the_scan_was_made_with_another_sae(embedded_inputs: dict[str, Path], tmp_path: Path) -> None:
     with pytest.raises(UserError, match="was made with SAE sae-1, asked is SAE sae-2"):
         explain(Config(scan=ScanConfig(sae="sae-2")), tmp_path, embedded_inputs)

@@ -39,9 +39,7 @@ def test_association_with_the_labels(make_scan: Make, tmp_path: Path) -> None:
 
 
 def test_no_labels(make_scan: Make, tmp_path: Path) -> None:
-    with pytest.raises(
-        UserError, match="judge needs labels: data.anchor has none; set label/constant_label or llm.url"
-    ):
+    with pytest.raises(UserError, match=r"judge needs labels: data.anchor has none; set label/constant_label, or let"):
         judge(Config(), tmp_path, {"scan:anchor": make_scan(labels=False).folder})
 
 
@@ -50,6 +48,18 @@ def test_labels_of_one_kind(make_scan: Make, tmp_path: Path) -> None:
     one_kind = altered(scan, labels_n=scan.labels_n * 0)
     with pytest.raises(UserError, match="data.anchor has 0 positive and 120 negative documents"):
         module.judge_embedded(one_kind, JudgeConfig())
+
+
+def test_beside_a_server_the_embedded_method_judges_where_it_is_asked_to(make_scan: Make, tmp_path: Path) -> None:
+    scan = make_scan()
+    for folder, config in {
+        "alone": Config(),
+        "beside": Config(llm=LlmConfig(url="http://127.0.0.1:9/v1"), judge=JudgeConfig(method="embedded")),
+    }.items():
+        (tmp_path / folder).mkdir()
+        assert judge(config, tmp_path / folder, {"scan:anchor": scan.folder})["method"] == "embedded"
+    files = [(tmp_path / folder / "relevance.parquet").read_bytes() for folder in ("alone", "beside")]
+    assert files[0] == files[1]
 
 
 def test_unknown_task(make_scan: Make, tmp_path: Path) -> None:

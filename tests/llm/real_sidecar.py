@@ -8,17 +8,12 @@ another kind; what only vLLM can do is then left out.
 from __future__ import annotations
 
 import json
-import os
-import re
 import subprocess
-import sys
 import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -26,9 +21,8 @@ import pytest
 from fac_jax.config import LlmConfig
 from fac_jax.llm.client import Request
 from fac_jax.llm.http import HttpGenerator
+from tests.llm.real_server import KIND, Running, fac, get, running
 
-ROOT = Path(__file__).parents[2]
-KIND = os.environ.get("FAC_SIDECAR_KIND", "vllm-cpu")
 pytestmark = pytest.mark.timeout(1800)
 vllm_only = pytest.mark.skipif(KIND == "transformers", reason="the light server ignores it")
 CITY = {
@@ -40,43 +34,9 @@ CITY = {
 SCALE = ["Yes", "Probably", "Maybe", "No"]
 
 
-@dataclass(frozen=True)
-class Running:
-    """The server, as `fac sidecar start` announced it."""
-
-    url: str
-    model: str
-    pid: int
-    arguments: tuple[str, ...]
-
-
-def fac(*arguments: str) -> str:
-    """The command line in a process of its own, with the user's cache folder and not the suite's."""
-    environment = {key: value for key, value in os.environ.items() if key not in ("FAC_JAX_CACHE", "XLA_FLAGS")}
-    if own := os.environ.get("FAC_SIDECAR_CACHE"):
-        environment["FAC_JAX_CACHE"] = own
-    words = [sys.executable, "-m", "fac_jax.cli", *arguments]
-    done = subprocess.run(words, stdout=subprocess.PIPE, text=True, env=environment, cwd=ROOT)
-    assert done.returncode == 0, f"{' '.join(arguments)} ended with {done.returncode}"
-    return done.stdout
-
-
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
-    run = tmp_path_factory.mktemp("run")
-    arguments = (
-        "configs/quickstart.yaml", "--run.dir", str(run), "--sidecar.port", "0", "--sidecar.kind", KIND,
-        "--sidecar.context-tokens", "2048",
-    )  # fmt: skip
-    began = time.monotonic()
-    said = fac("sidecar", "start", *arguments)
-    found = re.search(r"process (\d+)\) answers at (\S+);", said)
-    assert found, said
-    print(f"\n[measured] started in {time.monotonic() - began:.0f} s, installation included")
-    url = found[2]
-    model = "SmolLM2-135M-Instruct" if KIND == "transformers" else str(get(f"{url}/models")["data"][0]["id"])
-    yield Running(url, model, int(found[1]), arguments)
-    fac("sidecar", "stop", *arguments)
+    yield from running(tmp_path_factory.mktemp("run"))
 
 
 @pytest.fixture(scope="module")
@@ -85,10 +45,6 @@ def warm(server: Running) -> Running:
     chat(server, "Hello", max_tokens=4)
     chat(server, "Hello", max_tokens=4, logprobs=True, top_logprobs=2)
     return server
-
-
-def get(url: str) -> Any:
-    return json.loads(urllib.request.urlopen(url, timeout=30).read())
 
 
 def post(url: str, body: dict[str, Any]) -> Any:

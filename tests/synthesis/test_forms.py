@@ -147,7 +147,7 @@ def test_tasks_show_samples_of_their_form(name: str) -> None:
         if task.description.form == "user turns":
             assert prompt.samples == ()
             continue
-        assert len(prompt.samples) == 2
+        assert len(prompt.samples) >= 2
         if task.description.form == "two choices":
-            matching = {text[-2] for _, text in prompt.samples}
-            assert matching == {"A", "B"}, "neither letter is the one to give"
+            matching = [text[-2] for _, text in prompt.samples]
+            assert matching.count("A") == matching.count("B") == len(matching) / 2, "neither letter is the one to give"
