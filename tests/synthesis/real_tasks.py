@@ -1,4 +1,5 @@
-"""Each of the five tasks, from a config to exported samples, on real weights and text: the backbone writes, then a server.
+"""Each of the five tasks, from a config to exported samples, on real weights and text: the backbone writes, then a
+server does.
 
 Takes minutes and installs gigabytes, so the suite does not collect it: `bash launch/test-tasks.sh SAE` runs it, and
 prints what it measured. The budgets are tiny, so the figures only say that it works. FAC_TASKS_SAE names the SAE.
