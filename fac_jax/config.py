@@ -730,6 +730,36 @@ class FinetuneConfig:
 
 
 @dataclass(frozen=True)
+class SteerConfig:
+    """Samples with two choices to a steering vector, measured on questions that none of them is made of."""
+
+    heldout: str | None = None
+    """File, glob or pkg://PACKAGE/GLOB of the questions: a list or lines of JSON, each with a question and its choices
+    (A) and (B) as the model-written evaluations print them. None: nothing is measured."""
+    question: str = "question"
+    """Field with the question and its choices."""
+    matching: str = "answer_matching_behavior"
+    """Field with the choice that shows the behaviour, such as (A)."""
+    limit: int | None = None
+    """Questions at most, chosen by hash of their text."""
+    layer: int | None = None
+    """Blocks applied before the vector is taken and added; by default backbone.layer (paper: 12 of 32)."""
+    multipliers: tuple[float, ...] = (-1.0, -0.5, 0.0, 0.5, 1.0)
+    """How much of the vector is added; -1, 0 and 1 must be among them (paper: -1 to 1)."""
+    seeds: tuple[int, ...] = (42, 43, 44)
+    """Each decides which choice of a sample is (A) when the vector is taken."""
+
+    def __post_init__(self) -> None:
+        check(
+            {-1.0, 0.0, 1.0} <= set(self.multipliers),
+            f"steer.multipliers is {list(self.multipliers)}; -1, 0 and 1 must be among them",
+        )
+        check(self.layer is None or self.layer >= 1, f"steer.layer is {self.layer}; it counts blocks applied, from 1")
+        check(self.limit is None or self.limit >= 1, f"steer.limit is {self.limit}; it must be at least 1")
+        check(bool(self.seeds), "steer.seeds is empty; name one seed at least")
+
+
+@dataclass(frozen=True)
 class LlmConfig:
     """Who explains, judges and writes: a server, or the backbone itself."""
 
@@ -833,6 +863,7 @@ class Config:
     ablation: AblationConfig = AblationConfig()
     select: SelectConfig = SelectConfig()
     finetune: FinetuneConfig = FinetuneConfig()
+    steer: SteerConfig = SteerConfig()
     llm: LlmConfig = LlmConfig()
     sidecar: SidecarConfig = SidecarConfig()
 

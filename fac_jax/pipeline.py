@@ -25,6 +25,7 @@ from fac_jax.coverage.measure import coverage, evaluate
 from fac_jax.coverage.select import select
 from fac_jax.diversity.measure import diversity, models, reference
 from fac_jax.downstream.finetune import finetune
+from fac_jax.downstream.steering import steer
 from fac_jax.features.explain import explain, generation_features
 from fac_jax.features.judge import judge
 from fac_jax.features.scores.prompts import shared_digest
@@ -86,6 +87,10 @@ def pipeline(config: Config) -> dict[str, Stage]:
         stages.append(Stage(
             *("finetune", "finetune", "finetune", finetune, partial(_finetune_settings, config)),
             (anchor, seed, f"scan:{config.finetune.heldout}", "scan:kept", "scan:random"),
+        ))  # fmt: skip
+    if config.steer.heldout is not None and load_task(config.judge.task).description.metric == "robust accuracy":
+        stages.append(Stage(
+            *("steering", "steering", "steer", steer, partial(_steering_settings, config)), ("synthesis",)
         ))  # fmt: skip
     if config.sweep != SweepConfig() and config.scan.sae is None:
         asked, made = partial(_sweep_settings, config), _store_input(config)
@@ -219,6 +224,11 @@ def _judge_settings(config: Config) -> dict[str, Any]:
 def _synthesis_settings(config: Config) -> dict[str, Any]:
     settings = {"synthesize": config.synthesize, "threshold": config.coverage.threshold, "acts": config.scan.acts}
     return {**settings, **_backbone(config), "sae": external_sae(config.scan.sae), "writer": _writer(config)}
+
+
+def _steering_settings(config: Config) -> dict[str, Any]:
+    files = corpus_fingerprints(str(config.steer.heldout))
+    return {"steer": config.steer, "questions": files, **_backbone(config)}
 
 
 def _finetune_settings(config: Config) -> dict[str, Any]:

@@ -101,6 +101,15 @@ def read_documents(dataset: DataSet, name: str, skipped: list[str] | None = None
         )
 
 
+def read_rows(source: Source) -> Iterator[tuple[str, Any]]:
+    """Raw rows of a source's files, each with its place. Raises UserError for one that cannot be read."""
+    for file in resolve(source.path):
+        for where, row in _read_rows(file, source):
+            if isinstance(row, UserError):
+                raise row
+            yield where, row
+
+
 def count_documents(dataset: DataSet, name: str) -> int | None:
     """How many `read_documents` gives, for an ETA; None where reading them all for that would take long, or log every
     malformed row twice."""

@@ -13,8 +13,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import NamedSharding
 from jaxtyping import Array, Bool, Float, Int
 
+from fac_jax.backbone.config import ModelConfig
 from fac_jax.backbone.model import Backbone, Tree, apply_block, attention, embed, logits
 from fac_jax.backbone.weights import Loaded
 from fac_jax.mesh import DATA, FEATURE, sharding
@@ -78,17 +80,12 @@ def make_decoder(loaded: Loaded) -> Decoder:
     """Decoder of a whole backbone on its mesh: slots over `data`, key-value heads over `feature` where it divides."""
     config, mesh = loaded.config, loaded.mesh
     graph, state = nnx.split(loaded.model)
-    stacked = loaded.model.stacked(0, config.n_layers)
-    blocks = [_take(stacked, i) for i in range(config.n_layers)]
+    blocks = unrolled(loaded.model)
     heads = FEATURE if config.n_kv_heads % mesh.shape[FEATURE] == 0 else None
     alone, shared = sharding(mesh, None, heads, None, None), sharding(mesh, DATA, heads, None, None)
 
     def empty_cache(rows: int, positions: int, over_data: bool) -> Cache:
-        dtype = _bits(jnp.zeros((), blocks[0]["w_k"].dtype)).dtype
-        keys = (rows, config.n_kv_heads, config.head_dim, positions)
-        values = (rows, config.n_kv_heads, positions, config.head_dim)
-        placed = shared if over_data else alone
-        return tuple((jnp.zeros(keys, dtype, device=placed), jnp.zeros(values, dtype, device=placed)) for _ in blocks)
+        return zero_cache(config, blocks, rows, positions, shared if over_data else alone)
 
     def prefill(cache: Cache, tokens_bt: Array, start: Array, state: Any, blocks: list[Tree]) -> Cache:
         cache = extend(nnx.merge(graph, state), blocks, cache, tokens_bt, start)[1]
@@ -124,6 +121,22 @@ def make_decoder(loaded: Loaded) -> Decoder:
         insert=jax.jit(insert, donate_argnums=0),
         decode=lambda *arguments: compiled_run(*arguments, state, blocks),
     )
+
+
+def unrolled(model: Backbone) -> list[Tree]:
+    """Every block's arrays by themselves, as `extend` takes them."""
+    stacked = model.stacked(0, model.layers)
+    return [_take(stacked, i) for i in range(model.layers)]
+
+
+def zero_cache(
+    config: ModelConfig, blocks: list[Tree], rows: int, positions: int, placed: NamedSharding | None = None
+) -> Cache:
+    """A cache that holds nothing yet."""
+    dtype = _bits(jnp.zeros((), blocks[0]["w_k"].dtype)).dtype
+    keys = (rows, config.n_kv_heads, config.head_dim, positions)
+    values = (rows, config.n_kv_heads, positions, config.head_dim)
+    return tuple((jnp.zeros(keys, dtype, device=placed), jnp.zeros(values, dtype, device=placed)) for _ in blocks)
 
 
 @jax.jit

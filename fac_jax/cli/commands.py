@@ -82,6 +82,11 @@ def stage(config: Config, verb: str, options: dict[str, str]) -> None:
                 f"fac finetune trains a classifier, whose AUPRC is measured; samples of task {config.judge.task!r} are "
                 "for another kind of training, which is not here yet: `fac export` writes them for programs that do it"
             )
+        if verb == "steer":
+            raise UserError(
+                f"fac steer needs samples with two choices (task {config.judge.task!r} may have others) and questions "
+                "to measure on: set steer.heldout to a file of them, or take configs/tasks/sycophancy.yaml"
+            )
         if verb == "harvest" and config.train.activations == "live":
             raise UserError(
                 "fac harvest has nothing to make: train.activations is live, so training computes its rows itself; set "

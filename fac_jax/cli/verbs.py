@@ -74,6 +74,10 @@ VERBS = {
     "finetune": Verb(
         "a classifier with and without the synthetic samples", (*_BASE, "coverage", "finetune"), commands.stage
     ),
+    "steer": Verb(
+        "a steering vector from samples with two choices, and what it does to held-out questions",
+        *(("run", "mesh", "backbone", "steer"), commands.stage),
+    ),
     "report": Verb("one offline HTML page of the run", ("run",), commands.report),
     "samples": Verb(
         "`fac samples list CONFIG`, `fac samples show CONFIG SAMPLE`: what was kept, and all that proves one",

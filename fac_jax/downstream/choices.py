@@ -1,0 +1,114 @@
+"""Questions with two choices, as a model is asked them: in both orders, with the answer's letter as one token.
+
+A question is a user's turn as the model-written evaluations print it; the assistant's turn begins with `(`, and what
+follows is the letter. Reads files of questions; writes nothing.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+from jaxtyping import Int
+from transformers import PreTrainedTokenizerFast
+
+from fac_jax.config import Source, SteerConfig
+from fac_jax.errors import UserError
+from fac_jax.text import document_hash, read_rows
+
+_CHOICES = re.compile(r"(.*?)\n\s*(?:Choices:\s*\n)?\s*\(A\)\s*(.*?)\n\s*\(B\)\s*(.*?)(?:\n\s*Answer:\s*)?", re.DOTALL)
+_LETTER = re.compile(r"\s*\(?([AB])\)?\s*")
+LETTERS = "AB"
+
+
+@dataclass(frozen=True)
+class Question:
+    """A question, its choices, and the one that shows the behaviour."""
+
+    question: str
+    choices: tuple[str, str]
+    matches: int
+    """0: (A), 1: (B)."""
+
+    @property
+    def text(self) -> str:
+        """As the model-written evaluations print it."""
+        return f"{self.question}\n\nChoices:\n (A) {self.choices[0]}\n (B) {self.choices[1]}"
+
+    @property
+    def swapped(self) -> Question:
+        """The same in the other order."""
+        return replace(self, choices=self.choices[::-1], matches=1 - self.matches)
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A question in tokens."""
+
+    body_t: Int[np.ndarray, " t"]
+    """Up to the end of the user's words."""
+    tail_t: Int[np.ndarray, " t"]
+    """From there up to the letter: the rest of the template, and what opens the answer."""
+    letters: tuple[int, int]
+    """Tokens that follow: of (A) and of (B)."""
+
+
+def read_questions(steer: SteerConfig) -> list[Question]:
+    """Held-out questions. Raises UserError for a row that is none, with its place."""
+    assert steer.heldout is not None
+    found = []
+    for where, row in read_rows(Source(path=steer.heldout)):
+        if not isinstance(row, dict) or any(not isinstance(row.get(n), str) for n in (steer.question, steer.matching)):
+            raise UserError(
+                f"{where} has no text in {steer.question!r} and {steer.matching!r}; set steer.question and "
+                "steer.matching to the fields with the question and the matching choice"
+            )
+        found.append(parse_question(row[steer.question], row[steer.matching], where))
+    found.sort(key=lambda one: document_hash(one.text, "steer"))
+    return found[: steer.limit]
+
+
+def parse_question(text: str, matching: str, where: str) -> Question:
+    """A question as printed, and the letter that matches. Raises UserError where either is not what it should be."""
+    printed, letter = _CHOICES.fullmatch(text.strip()), _LETTER.fullmatch(matching)
+    if printed is None or letter is None:
+        wrong = "its question does not end in choices (A) and (B)" if printed is None else f"the match is {matching!r}"
+        raise UserError(f"{where}: {wrong}; it must look as in the model-written evaluations")
+    question, a, b = (part.strip() for part in printed.groups())
+    return Question(question, (a, b), LETTERS.index(letter[1]))
+
+
+def question_of(sample: dict[str, Any]) -> Question:
+    """A line of kept.jsonl or random.jsonl."""
+    choices = (sample["choice_a"], sample["choice_b"])
+    return Question(sample["question"], choices, LETTERS.index(sample["matches"]))
+
+
+def ask(question: Question, tokenizer: PreTrainedTokenizerFast) -> Asked:
+    """The question under the chat template. Raises UserError for a tokenizer that merges the letters' surroundings."""
+    return ask_all([question], tokenizer)[0]
+
+
+def ask_all(questions: Sequence[Question], tokenizer: PreTrainedTokenizerFast) -> list[Asked]:
+    """`ask` of many."""
+    found = []
+    for question in questions:
+        messages = [{"role": "user", "content": question.text}]
+        opening = str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+        end = opening.rindex(question.choices[1]) + len(question.choices[1])
+        encoded = [
+            tokenizer(f"{opening}({letter})", add_special_tokens=False, return_offsets_mapping=True)
+            for letter in LETTERS
+        ]
+        ids = [list(one["input_ids"]) for one in encoded]
+        same = next(i for i, pair in enumerate(zip(*ids, strict=False)) if pair[0] != pair[1])
+        starts = [start for start, _ in encoded[0]["offset_mapping"]]
+        first = next(i for i, start in enumerate(starts) if start >= end)
+        if not first < same:
+            raise UserError(f"the tokenizer joins an answer's letter to what stands before it: {ids[0][-4:]}")
+        body, tail = np.asarray(ids[0][:first], np.int32), np.asarray(ids[0][first:same], np.int32)
+        found.append(Asked(body, tail, (ids[0][same], ids[1][same])))
+    return found
