@@ -32,6 +32,7 @@ STAGES = (
     "evaluation",
     "selection",
     "finetune",
+    "steering",
 )
 """Stages with a folder of their own name; scans lie in scans/NAME, diversity and ablations likewise."""
 TESTS = ("detection", "fuzzing")
@@ -113,6 +114,8 @@ class RunView:
     evaluation: Row | None
     selection: Sequence[Row] | None
     finetune: Row | None
+    steering: Row | None
+    """eval.json of `fac steer`."""
     ablations: Mapping[str, Row]
     """ablation.json of each ablation by name."""
     ledger: Sequence[Row]
@@ -174,6 +177,7 @@ def read_view(run_dir: Path, config: Config) -> RunView:
         selection=read_rows(done["selection"] / "selected.parquet") if "selection" in done else None,
         finetune=_json(done["finetune"] / "eval.json") if "finetune" in done and _classifies(records) else None,
         ablations={n.removeprefix("ablation:"): _json(f / "ablation.json") for n, f in done.items() if n in ablations},
+        steering=_json(done["steering"] / "eval.json") if "steering" in done else None,
         ledger=read_ledger(run_dir),
     )
 

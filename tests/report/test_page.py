@@ -7,6 +7,7 @@ import hashlib
 import re
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -187,6 +188,37 @@ def test_ablations_are_tabled_with_the_figures_that_they_have(view: RunView) -> 
         assert expected in " ".join(words.split()), expected
     assert section.count("<tr") == 3 and "Near duplicates" not in words and "Money" not in words
     assert 'id="ablations"' not in page(dataclasses.replace(view, ablations={}))
+
+
+def test_steering_is_drawn_and_tabled(view: RunView) -> None:
+    def spread(mean: float) -> dict[str, Any]:
+        return {"mean": mean, "sd": 0.01, "values": [mean, mean]}
+
+    arms = {
+        name: {
+            **{
+                figure: {m: spread(0.2 + place / 10 + float(m) / 20) for m in ("-1", "0", "1")}
+                for figure in ("robust_accuracy", "accuracy", "positional_bias", "probability")
+            },
+            "scr": spread(0.1),
+        }
+        for place, name in enumerate(("kept", "random", "random direction"))
+    }
+    found = {
+        "questions": 100, "layer": 15, "multipliers": [-1.0, 0.0, 1.0], "seeds": [42, 43], "arms": arms,
+        "samples": {"kept": 25, "random": 25},
+    }  # fmt: skip
+    assert 'id="steering"' not in page(view)
+    html = page(dataclasses.replace(view, steering=found))
+    section = html[html.index('id="steering"') :].partition("</section>")[0]
+    assert section.count("<tr") == 4 and section.count("<polyline") == 3
+    words = " ".join(re.sub(r"<[^>]*>", " ", section).split())
+    for expected in (
+        "100 held-out questions in both orders; vectors at layer 15 of 25 kept",
+        "35.0% ± 1.0",
+        "10.0% ± 1.0",
+    ):
+        assert expected in words, expected
 
 
 def test_other_measures_of_diversity_are_tabled(view: RunView) -> None:
