@@ -37,6 +37,7 @@ from fac_jax.mesh import DATA, sharding
 from fac_jax.progress import progress
 from fac_jax.sae.checkpoint import open_checkpoints, restore_state, save_state
 from fac_jax.sae.fit import MetricsLog
+from fac_jax.sae.problem import rate_factor
 
 
 class Learned(NamedTuple):
@@ -179,12 +180,8 @@ def total_weight(batch: Sequence[Group], objective: Objective) -> float:
 
 def rate_at(step: Array | int, settings: FinetuneConfig, steps: int) -> Float[Array, ""]:
     """Rises linearly over the warm-up; then stays, or falls to 0 at the last step."""
-    warm = settings.warmup * steps
-    at = jnp.asarray(step, jnp.float32)
-    rise = jnp.minimum((at + 1) / max(1.0, warm), 1.0)
-    done = jnp.clip((at - warm) / max(1.0, steps - warm), 0, 1)
-    fall = {"constant": jnp.ones(()), "linear": 1 - done, "cosine": (1 + jnp.cos(jnp.pi * done)) / 2}
-    return settings.learning_rate * rise * fall[settings.learning_rate_schedule]
+    factor = rate_factor(step, steps, settings.warmup * steps, settings.learning_rate_schedule)
+    return settings.learning_rate * factor
 
 
 def make_optimizer(settings: FinetuneConfig, steps: int) -> optax.GradientTransformation:

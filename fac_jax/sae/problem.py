@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import partial
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -148,11 +149,18 @@ def _path(dense: bool, count: int, features: int, platform: str) -> str:
 
 def learning_rate_at(step: Int[Array, ""] | int, problem: Problem) -> Float[Array, ""]:
     """Rises linearly over the warm-up; then stays, or falls to 0 at the last step."""
-    train, at = problem.train, jnp.asarray(step, jnp.float32)
-    rise = jnp.minimum((at + 1) / max(1, train.warmup_steps), 1.0)
-    done = jnp.clip((at - train.warmup_steps) / max(1, train.steps - train.warmup_steps), 0, 1)
-    fall = {"constant": jnp.ones(()), "linear": 1 - done, "cosine": (1 + jnp.cos(jnp.pi * done)) / 2}
-    return train.learning_rate * rise * fall[train.learning_rate_schedule]
+    train = problem.train
+    return train.learning_rate * rate_factor(step, train.steps, train.warmup_steps, train.learning_rate_schedule)
+
+
+def rate_factor(
+    step: Int[Array, ""] | int, steps: int, warmup_steps: float, schedule: Literal["constant", "linear", "cosine"]
+) -> Float[Array, ""]:
+    """The rate of a step as a share of the highest: rising from 0 over the warm-up, then constant or falling to 0."""
+    at = jnp.asarray(step, jnp.float32)
+    rise = jnp.minimum((at + 1) / max(1, warmup_steps), 1.0)
+    done = jnp.clip((at - warmup_steps) / max(1, steps - warmup_steps), 0, 1)
+    return rise * {"constant": jnp.ones(()), "linear": 1 - done, "cosine": (1 + jnp.cos(jnp.pi * done)) / 2}[schedule]
 
 
 def make_optimizer(problem: Problem) -> optax.GradientTransformation:
