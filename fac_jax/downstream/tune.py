@@ -13,7 +13,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -65,6 +64,10 @@ class Tuner:
     geometry: BackboneConfig
     gradient: Callable[[Learned, Learned, Piece, Array], tuple[Learned, Array]]
     """(learned, gradient so far, piece, key) -> the gradient with the piece's, and its loss."""
+    start: Callable[[Learned], State]
+    update: Callable[[State, Learned, Array, Array], tuple[State, Array]]
+    """(state, gradient, what it is divided by, learning rate) -> the next state, and the gradient's norm. Donates the
+    state."""
     score: Callable[[Learned, Piece], Array]
 
     def pieces(self, batch: Sequence[Group]) -> list[Piece]:
@@ -94,9 +97,20 @@ def make_tuner(loaded: Loaded, objective: Objective, settings: FinetuneConfig, g
         added = adapters(learned.adapters, settings.lora, None)
         return scores(nnx.merge(graph, state), learned.head_d, added, piece)
 
+    optimizer = make_optimizer(settings)
+
+    def start(learned: Learned) -> State:
+        return State(learned, optimizer.init(learned))
+
+    def update(state: State, gradient: Learned, total: Array, rate: Array) -> tuple[State, Array]:
+        gradient = jax.tree.map(lambda leaf: leaf / total, gradient)
+        found, moments = optimizer.update(gradient, state.moments, state.learned)
+        learned = jax.tree.map(lambda value, step: value - rate * step, state.learned, found)
+        return State(learned, moments), optax.global_norm(gradient)
+
     summed, scored = jax.jit(gradient, donate_argnums=1), jax.jit(score)
     return Tuner(
-        loaded, objective, settings, geometry,
+        loaded, objective, settings, geometry, start=jax.jit(start), update=jax.jit(update, donate_argnums=0),
         gradient=lambda learned, before, piece, key: summed(learned, before, state, piece, key),
         score=lambda learned, piece: scored(learned, state, piece),
     )  # fmt: skip
@@ -109,16 +123,7 @@ def tune(tuner: Tuner, groups: Sequence[Group], seed: int, out: Path) -> Learned
     """
     settings = tuner.settings
     order_ib = minibatches(len(groups), settings.batch, settings.epochs, seed)
-    optimizer = make_optimizer(settings, len(order_ib))
-    learned = init_learned(tuner, seed)
-
-    @partial(jax.jit, donate_argnums=0)
-    def update(state: State, gradient: Learned, total: Array) -> tuple[State, Array]:
-        gradient = jax.tree.map(lambda leaf: leaf / total, gradient)
-        updates, moments = optimizer.update(gradient, state.moments, state.learned)
-        return State(optax.apply_updates(state.learned, updates), moments), optax.global_norm(gradient)
-
-    state = State(learned, jax.jit(optimizer.init)(learned))
+    state = tuner.start(init_learned(tuner, seed))
     out.mkdir(parents=True, exist_ok=True)
     key = jax.random.fold_in(jax.random.key(seed), 1)
     with open_checkpoints(out / "checkpoints", 1) as checkpoints, heeding_sigterm() as stop:
@@ -133,8 +138,8 @@ def tune(tuner: Tuner, groups: Sequence[Group], seed: int, out: Path) -> Learned
                     drop = jax.random.fold_in(jax.random.fold_in(key, step), place)
                     gradient, value = tuner.gradient(state.learned, gradient, piece, drop)
                     loss += float(value) / total
-                state, norm = update(state, gradient, jnp.float32(total))
                 rate = float(rate_at(step, settings, len(order_ib)))
+                state, norm = tuner.update(state, gradient, jnp.float32(total), jnp.float32(rate))
                 if not math.isfinite(loss + float(norm)):
                     raise UserError(
                         f"loss {loss} and gradient norm {float(norm)} at step {step} of {len(order_ib)}, learning rate "
@@ -184,10 +189,11 @@ def rate_at(step: Array | int, settings: FinetuneConfig, steps: int) -> Float[Ar
     return settings.learning_rate * factor
 
 
-def make_optimizer(settings: FinetuneConfig, steps: int) -> optax.GradientTransformation:
-    """AdamW as transformers' trainer sets it up, of a gradient that is cut to a norm."""
-    rate = partial(rate_at, settings=settings, steps=steps)
+def make_optimizer(settings: FinetuneConfig) -> optax.GradientTransformation:
+    """AdamW as transformers' trainer sets it up, of a gradient that is cut to a norm; a step is what it says, times the
+    rate, taken off."""
     return optax.chain(
         optax.clip_by_global_norm(settings.gradient_clip),
-        optax.adamw(rate, b1=0.9, b2=0.999, eps=1e-8, weight_decay=settings.weight_decay),
+        optax.scale_by_adam(b1=0.9, b2=0.999, eps=1e-8),
+        optax.add_decayed_weights(settings.weight_decay),
     )

@@ -176,7 +176,7 @@ def tuned(experiment: Experiment) -> Experiment:
     tiny_tokenizer().save_pretrained(model)
     digest = load_backbone(str(model), 1, "float32", make_mesh(MeshConfig(1, 1))).digest
     settings = FinetuneConfig(
-        method="lora", epochs=8, learning_rate=1e-2, batch=8, seeds=(42, 43), lora=LoraConfig(rank=4)
+        method="lora", epochs=5, learning_rate=1e-2, batch=8, seeds=(42, 43), lora=LoraConfig(rank=4)
     )
     experiment.models = dict.fromkeys(experiment.rows, digest)
     experiment.config = Config(
