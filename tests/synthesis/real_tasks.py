@@ -47,6 +47,7 @@ SMALL = (
     "--data.anchor.max-tokens 48 --data.anchor.sample 0.15 --data.seed.max-tokens 48 --data.seed.sample 0.015"
     " --data.heldout.sample 0.2 --splice.documents 0 --judge.false-discovery-rate 0.2 --coverage.threshold 12"
     " --synthesize.max-features 2 --synthesize.candidates 4 --synthesize.second-step 2 --llm.local-batch 8"
+    " --steer.limit 4 --steer.seeds 42"
 ).split()
 NEW_TOKENS = {"toxicity": 48, "instruction_following": 192}
 """Tokens of a reply at most; 128 for the other tasks."""
