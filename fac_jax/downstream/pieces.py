@@ -52,6 +52,15 @@ def pack_batch(batch: Sequence[Group], rows: int, row_tokens: int, room: int) ->
     return [*pieces, _piece(held, slots, rows, row_tokens)]
 
 
+def rows_for(batch: Sequence[Group], least: int, most: int, row_tokens: int) -> int:
+    """The smallest of least, 2 least, 4 least, ... rows that hold the batch in one piece, `most` where none does: short
+    texts then do not pay for a whole batch of padding, and few shapes are compiled."""
+    rows = least
+    while rows < most and _placed(batch, rows, row_tokens) is None:
+        rows *= 2
+    return min(rows, most)
+
+
 def _placed(groups: Sequence[Group], rows: int, row_tokens: int) -> list[int] | None:
     return first_fit_decreasing([len(text.ids_t) for group in groups for text in group], rows, row_tokens)
 

@@ -30,7 +30,7 @@ from fac_jax.distributed import heeding_sigterm
 from fac_jax.downstream.head import INIT_STD, minibatches
 from fac_jax.downstream.lora import adapters, init_lora
 from fac_jax.downstream.objectives import Objective, Piece, loss_sum, scores
-from fac_jax.downstream.pieces import Group, pack_batch
+from fac_jax.downstream.pieces import Group, pack_batch, rows_for
 from fac_jax.errors import Stopped, UserError
 from fac_jax.mesh import DATA, sharding
 from fac_jax.progress import progress
@@ -73,8 +73,9 @@ class Tuner:
     def pieces(self, batch: Sequence[Group]) -> list[Piece]:
         """A batch on its devices."""
         rows = sharding(self.loaded.mesh, DATA)
-        shape = self.geometry.rows_per_batch, self.geometry.row_tokens
-        packed = pack_batch(batch, *shape, self.settings.batch)
+        row_tokens, least = self.geometry.row_tokens, self.loaded.mesh.shape[DATA]
+        needed = rows_for(batch, least, self.geometry.rows_per_batch, row_tokens)
+        packed = pack_batch(batch, needed, row_tokens, self.settings.batch)
         return [
             Piece(*(jax.device_put(leaf, rows if leaf.ndim == 2 else sharding(self.loaded.mesh)) for leaf in piece))
             for piece in packed

@@ -16,7 +16,7 @@ from fac_jax.backbone.weights import Loaded, load_backbone
 from fac_jax.config import LoraConfig, MeshConfig
 from fac_jax.downstream.lora import MODULES, adapters, init_lora, merged, save_peft, trained_parameters
 from fac_jax.downstream.objectives import Objective, Piece, loss_sum, scores
-from fac_jax.downstream.pieces import Text, pack_batch
+from fac_jax.downstream.pieces import Text, pack_batch, rows_for
 from fac_jax.errors import UserError
 from fac_jax.mesh import make_mesh
 from tests.backbone.test_model import CASES, hugging_face, whole
@@ -233,6 +233,14 @@ def test_pieces_hold_every_text_once_and_pairs_together() -> None:
             assert learned.tolist() == [*text.learned_t[1:].astype(float), 0.0]
             assert (piece.target_bt[row, mine][:-1] == text.ids_t[1:]).all()
     assert found == [(text.ids_t.tolist(), text.label, text.weight) for text in made]
+
+
+@pytest.mark.parametrize(
+    ("lengths", "rows"), [([9], 1), ([30, 10], 1), ([30, 11], 2), ([40, 40, 1], 4), ([40] * 9, 6), ([40] * 5, 6)]
+)
+def test_short_batches_take_few_rows(lengths: list[int], rows: int) -> None:
+    assert rows_for([(text,) for text in texts(lengths)], 1, 6, 40) == rows
+    assert rows_for([(text,) for text in texts(lengths)], 2, 6, 40) == max(2, rows)
 
 
 @pytest.mark.parametrize("lengths", [[41], [40, 39, 41]])
