@@ -10,6 +10,7 @@ os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_p
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["HF_HUB_OFFLINE"] = "1"
 
+import hypothesis
 import jax
 import pytest
 from jax.sharding import Mesh
@@ -17,6 +18,9 @@ from jax.sharding import Mesh
 from fac_jax.config import MeshConfig
 from fac_jax.mesh import make_mesh
 
+# An example's first run compiles or waits for another process's tests: how long it takes says nothing.
+hypothesis.settings.register_profile("suite", deadline=None)
+hypothesis.settings.load_profile("suite")
 CACHE = tempfile.TemporaryDirectory(prefix="fac-jax-tests-")  # nobody's answers are read, and none of the tests' kept
 atexit.register(CACHE.cleanup)
 os.environ["FAC_JAX_CACHE"] = CACHE.name
