@@ -19,7 +19,7 @@ from fac_jax.config import Config
 from fac_jax.distributed import is_first
 from fac_jax.errors import UserError
 from fac_jax.plain import suggest, to_plain
-from fac_jax.runs import Run, Stage, write_text
+from fac_jax.runs import Record, Run, Stage, write_text
 
 
 def run(config: Config, verb: str, options: dict[str, str]) -> None:
@@ -99,9 +99,13 @@ def stage(config: Config, verb: str, options: dict[str, str]) -> None:
     with Run(config) as run:
         made = run_stages(run, stages, wanted)
         for stage, record in made if is_first() else ():
-            print(f"{stage.name}: {run.folder(stage)}  ({record.seconds:.1f} s, {record.finished})")
+            _say_made(run, stage, record)
             for key, value in record.summary.items():
                 print(f"  {key}: {value:,}" if isinstance(value, (int, float)) else f"  {key}: {value}")
+
+
+def _say_made(run: Run, stage: Stage, record: Record) -> None:
+    print(f"{stage.name}: {run.folder(stage)}  ({record.seconds:.1f} s, {record.finished})")
 
 
 def diversity(config: Config, verb: str, options: dict[str, str]) -> None:
@@ -118,7 +122,7 @@ def diversity(config: Config, verb: str, options: dict[str, str]) -> None:
     with Run(config) as run:
         made = run_stages(run, stages | wanted, list(wanted))
         for stage, record in made:
-            print(f"{stage.name}: {run.folder(stage)}  ({record.seconds:.1f} s, {record.finished})")
+            _say_made(run, stage, record)
         shown = table([read_product(run.folder(stage)) for stage, _ in made])
     Console(width=None if sys.stdout.isatty() else 160).print(shown)
 
@@ -136,7 +140,7 @@ def ablate(config: Config, verb: str, options: dict[str, str]) -> None:
         )
     with Run(config) as run:
         for stage, record in run_stages(run, stages, wanted):
-            print(f"{stage.name}: {run.folder(stage)}  ({record.seconds:.1f} s, {record.finished})")
+            _say_made(run, stage, record)
             shown = table(json.loads((run.folder(stage) / "ablation.json").read_text(encoding="utf-8")))
     Console(width=None if sys.stdout.isatty() else 200).print(shown)
 

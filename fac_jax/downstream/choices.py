@@ -87,13 +87,8 @@ def question_of(sample: dict[str, Any]) -> Question:
     return Question(sample["question"], choices, LETTERS.index(sample["matches"]))
 
 
-def ask(question: Question, tokenizer: PreTrainedTokenizerFast) -> Asked:
-    """The question under the chat template. Raises UserError for a tokenizer that merges the letters' surroundings."""
-    return ask_all([question], tokenizer)[0]
-
-
 def ask_all(questions: Sequence[Question], tokenizer: PreTrainedTokenizerFast) -> list[Asked]:
-    """`ask` of many."""
+    """Questions under the chat template. Raises UserError for a tokenizer that merges the letters' surroundings."""
     found = []
     for question in questions:
         messages = [{"role": "user", "content": question.text}]

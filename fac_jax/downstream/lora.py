@@ -15,14 +15,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, PRNGKeyArray
 from safetensors.numpy import save_file
 
+from fac_jax.backbone.adapter import PREFIX
 from fac_jax.backbone.config import ModelConfig
-from fac_jax.backbone.model import Backbone, Tree, parameters
+from fac_jax.backbone.model import Tree, parameters
 from fac_jax.config import LoraConfig
 from fac_jax.mesh import FEATURE
 from fac_jax.runs import write_text, writing
@@ -66,23 +66,6 @@ def adapters(params: Tree, lora: LoraConfig, key: PRNGKeyArray | None) -> Tree:
     return added
 
 
-def merged(model: Backbone, params: Tree, lora: LoraConfig) -> Backbone:
-    """The model with A and B multiplied out into its matrices, in their type: it needs no adapters any more."""
-
-    def add(w_nio: Array, a_nir: Array, b_nro: Array) -> Array:
-        product = jnp.einsum("nir,nro->nio", a_nir, b_nro, precision=jax.lax.Precision.HIGHEST)
-        return (w_nio.astype(jnp.float32) + lora.alpha / lora.rank * product).astype(w_nio.dtype)
-
-    graph, state = nnx.split(model)
-    whole = nnx.merge(graph, jax.tree.map(lambda leaf: leaf, state))
-    for name in lora.matrices:
-        w = whole.blocks[f"w_{name}"]
-        place = w[...].sharding
-        both = params[f"lora_a_{name}"], params[f"lora_b_{name}"]
-        whole.blocks[f"w_{name}"] = nnx.Param(jax.jit(add, out_shardings=place)(w[...], *both))
-    return whole
-
-
 def save_peft(folder: Path, params: Tree, head_d: Float[Array, " d"], lora: LoraConfig, model: str) -> None:
     """The adapters as peft reads them (`PeftModel.from_pretrained`), and beside them head.safetensors."""
     tensors = {}
@@ -90,7 +73,7 @@ def save_peft(folder: Path, params: Tree, head_d: Float[Array, " d"], lora: Lora
         for side in "ab":
             stacked = np.asarray(params[f"lora_{side}_{name}"], np.float32)
             for block, value in enumerate(stacked):
-                where = f"base_model.model.model.layers.{block}.{MODULES[name]}.lora_{side.upper()}.weight"
+                where = f"{PREFIX}model.layers.{block}.{MODULES[name]}.lora_{side.upper()}.weight"
                 tensors[where] = np.ascontiguousarray(value.T)
     config = {
         "peft_type": "LORA",
@@ -107,11 +90,6 @@ def save_peft(folder: Path, params: Tree, head_d: Float[Array, " d"], lora: Lora
         with writing(folder / file) as temporary:
             save_file(found, temporary, {"format": "pt"})
     write_text(folder / "adapter_config.json", json.dumps(config, indent=1))
-
-
-def trained_parameters(params: Tree) -> int:
-    """How many numbers are trained."""
-    return sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(params))
 
 
 def _sides(config: ModelConfig, lora: LoraConfig, name: str, feature: int) -> list[tuple[str, tuple[int, ...], P]]:

@@ -14,14 +14,13 @@ from __future__ import annotations
 
 import json
 import math
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jaxtyping import Bool, Int
+from jaxtyping import Bool, Float, Int
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
@@ -44,7 +43,6 @@ from fac_jax.synthesis.plan import plan_for
 from fac_jax.synthesis.synthesize import Written, write_samples
 
 LOG = "generations.jsonl"
-TWIN = re.compile(r"near duplicate of ")
 FIGURES = {
     "hit_rate": "hit rate",
     "hit_rate_written": "of all written",
@@ -107,6 +105,8 @@ class Bench:
     inputs: Mapping[str, Path]
     anchor: Scan
     seed: Scan
+    peak_f: Float[np.ndarray, " f"]
+    """On the anchor."""
     relevant_f: Bool[np.ndarray, " f"]
     generator: Generator
     score: Score
@@ -118,7 +118,8 @@ def ablate(config: Config, out: Path, inputs: Mapping[str, Path]) -> dict[str, A
     score = open_scorer(config, inputs, anchor, config.coverage.seed)
     generator = open_generator(config, make_mesh(config.mesh), score.directions)
     relevant_f = relevant_features(inputs["relevance"], anchor)
-    return run_arms(Bench(config, inputs, anchor, seed, relevant_f, generator, score), out)
+    peak_f = anchor.peaks_nf.max(axis=0).toarray()
+    return run_arms(Bench(config, inputs, anchor, seed, peak_f, relevant_f, generator, score), out)
 
 
 def run_arms(bench: Bench, out: Path) -> dict[str, Any]:
@@ -220,10 +221,8 @@ def _outcome(bench: Bench, name: str, arm: ArmConfig, number: int, folder: Path,
         outcome = _of_samples(bench, name, number, Path(arm.samples), missing, threshold)
     else:
         config, features = _settings(bench, arm, number, threshold, missing)
-        peaks_f = bench.anchor.peaks_nf.max(axis=0).toarray()
-        plan = plan_for(
-            {feature: float(peaks_f[feature]) for feature in features}, config, bench.anchor, bench.seed, bench.inputs
-        )
+        peaks = {feature: float(bench.peak_f[feature]) for feature in features}
+        plan = plan_for(peaks, config, bench.anchor, bench.seed, bench.inputs)
         settle_log(log, list({one.key: one for one in (*written, *read_log(log))}.values()))
         made = write_samples(plan, bench.generator, bench.score, folder)
         written += read_log(log)
@@ -261,7 +260,7 @@ def _measured(
     bench: Bench, name: str, number: int, made: Written, missing: Sequence[int], threshold: float, written_for: int
 ) -> Outcome:
     every, valid = made.every, len(made.every.valid)
-    twins = sum(sample.reason is not None and bool(TWIN.match(sample.reason)) for sample in every.samples)
+    twins = sum(sample.is_twin for sample in every.samples)
     paid = [*every.generations, *made.answers]
     tokens = [sum(one.prompt_tokens for one in paid), sum(one.completion_tokens for one in paid)]
     hit_f = _hits(every.peaks_nf[[one.row for one in made.kept]], missing, threshold)

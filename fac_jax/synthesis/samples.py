@@ -25,7 +25,9 @@ COPIED_SHARE = 0.7
 FEWEST_DISTINCT = 0.4
 """Share of distinct words below which a text of ten words or more is a loop, not a message."""
 
-COPIES = ("copy of ", "copies ", "near duplicate of ")
+TWIN = "near duplicate of "
+"""How the reason begins of a text that is nearly an earlier one."""
+COPIES = ("copy of ", "copies ", TWIN)
 """How the reasons begin that say that a text is a sample, but not a new one."""
 
 _QUOTES = (('"', '"'), ("'", "'"), ("“", "”"), ("‘", "’"), ("`", "`"), ("*", "*"))
@@ -73,6 +75,11 @@ class Sample:
     def shown(self) -> str:
         """As a prompt shows it."""
         return self.text if self.lines is None else self.lines
+
+    @property
+    def is_twin(self) -> bool:
+        """Whether it is rejected only because it is nearly an earlier one."""
+        return self.reason is not None and self.reason.startswith(TWIN)
 
     @property
     def in_form(self) -> bool:
@@ -137,7 +144,7 @@ def without_copies(
     twins = near_duplicates([text for _, text in every])
     for place, index in enumerate(valid, len(earlier)):
         if place in twins:
-            candidates[index] = candidates[index].rejected(f"near duplicate of {every[twins[place]][0]}")
+            candidates[index] = candidates[index].rejected(f"{TWIN}{every[twins[place]][0]}")
     return candidates
 
 
@@ -166,7 +173,7 @@ def near_duplicates(texts: Sequence[str], share: float = NEAR_DUPLICATE) -> dict
 
 def reasons(samples: Iterable[Sample]) -> dict[str, int]:
     """How often each kind of reason occurs, numbers and names in it left out, most frequent first."""
-    kinds = (re.sub(r"near duplicate of .*", "near duplicate", s.reason) for s in samples if s.reason is not None)
+    kinds = (re.sub(rf"{TWIN}.*", "near duplicate", s.reason) for s in samples if s.reason is not None)
     return dict(Counter(re.sub(r"^\d+", "N", kind) for kind in kinds).most_common())
 
 

@@ -15,7 +15,7 @@ from safetensors.numpy import load_file
 
 from fac_jax.backbone.weights import Loaded, load_backbone
 from fac_jax.config import BackboneConfig, Config, MeshConfig, SteerConfig
-from fac_jax.downstream.choices import Question, ask, ask_all, parse_question, question_of, read_questions
+from fac_jax.downstream.choices import Question, ask_all, parse_question, question_of, read_questions
 from fac_jax.downstream.steering import answer_logits, caa_vector, figures, steer
 from fac_jax.errors import UserError
 from tests.backbone.test_model import CASES, hugging_face
@@ -72,7 +72,7 @@ def tiny(folder: Path, mesh: Mesh) -> tuple[Any, Loaded]:
 
 def test_the_letter_is_one_token_behind_the_users_words(tmp_path: Path, mesh_1x1: Mesh) -> None:
     tokenizer = tiny(tmp_path, mesh_1x1)[1].tokenizer
-    asked = ask(question(2), tokenizer)
+    asked = ask_all([question(2)], tokenizer)[0]
     assert tokenizer.decode(asked.body_t) == f"<|start|>{question(2).text}"
     assert tokenizer.decode(asked.tail_t) == "<|end|>("
     assert [tokenizer.decode([letter]) for letter in asked.letters] == ["A", "B"]
@@ -90,7 +90,7 @@ def test_vectors_are_mean_differences_at_the_letter(tmp_path: Path, mesh: Mesh) 
     differences = []
     for one, flip in zip(questions, flips, strict=True):
         drawn = one.swapped if flip else one
-        asked = ask(drawn, loaded.tokenizer)
+        asked = ask_all([drawn], loaded.tokenizer)[0]
         states = []
         for letter in asked.letters:
             ids = torch.tensor([[*asked.body_t.tolist(), *asked.tail_t.tolist(), letter]])
