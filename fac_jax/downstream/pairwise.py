@@ -110,4 +110,4 @@ def _label(answer: Answer | None) -> str | None:
 
 
 def _key(arm: str, other: str, place: int, order: int) -> str:
-    return f"compare:{arm}/{other}:{place}:{order}"
+    return f"compare::{arm}/{other}:{place}:{order}"  # for the ledger: a purpose, of no feature
