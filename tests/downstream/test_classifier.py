@@ -134,6 +134,17 @@ def test_a_held_out_document_in_training_is_named(experiment: Experiment) -> Non
     assert not (experiment.out / "eval.json").exists()
 
 
+def test_so_is_one_in_other_spelling(experiment: Experiment) -> None:
+    """Its id, a hash of its content, is another."""
+    leak = experiment.rows["heldout"][3]
+    respelled = leak["text"].replace(" ", "  ")
+    experiment.rows["random"] = [*experiment.rows["random"], {**leak, "text": respelled}]
+    with pytest.raises(
+        UserError, match=rf"'seed\+random' are word for word .* first is {respelled}, there {leak['text']}"
+    ):
+        experiment.run()
+
+
 def test_an_empty_synthesis_is_an_arm_that_adds_nothing(experiment: Experiment) -> None:
     experiment.rows |= {"kept": [], "random": []}
     experiment.run()

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import html
+import io
 import re
 from pathlib import Path
 
 import numpy as np
 import pytest
+from rich.console import Console
 
 from fac_jax.config import Config, FinetuneConfig, LoraConfig
 from fac_jax.downstream import completions, reward
@@ -19,6 +21,7 @@ from fac_jax.downstream.pieces import Text
 from fac_jax.downstream.published import Example
 from fac_jax.report.page import page
 from fac_jax.report.products import RunView, read_view
+from fac_jax.report.terminal import render
 from fac_jax.report.tuned import tuned
 from fac_jax.text import Turn
 from tests.report.sample_run import write_run
@@ -45,6 +48,12 @@ def words_of(view: RunView, name: str) -> str:
     whole = page(view)
     section = whole[whole.index(f'id="{name}"') :].partition("</section>")[0]
     return " ".join(html.unescape(re.sub(r"<[^>]*>", " ", section)).split())
+
+
+def printed(view: RunView) -> str:
+    console = Console(width=120, record=True, file=io.StringIO())
+    console.print(render(view))
+    return " ".join(console.export_text().split())
 
 
 def arms(heldout: tuple[Example, ...], answers: int) -> Arms:
@@ -75,6 +84,7 @@ def test_a_reward_has_accuracy_sections_and_what_is_missing(view: RunView) -> No
     row = found["arms"]["seed"]
     assert row["sections"] == {"Chat": row["score"]} and row["score"]["mean"] == pytest.approx(20 / 30)
     assert 'id="classifier"' not in page(dataclasses.replace(view, reward=found))
+    assert "seed+kept 60 80.0% ± 0.0 100.0% ± 0.0" in printed(dataclasses.replace(view, reward=found))
 
 
 def test_an_instruction_model_has_nats_and_a_judge_of_its_own_name(view: RunView) -> None:
@@ -102,6 +112,7 @@ def test_an_instruction_model_has_nats_and_a_judge_of_its_own_name(view: RunView
         "AlpacaEval's win rates (WR, LC) need its own judge",
     ):
         assert expected in words, (expected, words)
+    assert "seed+kept 60 2.000 ± 0.000" in printed(shown)
     silent = dataclasses.replace(view, completions={**found, "local_pairwise_judge": None})
     assert "local pairwise judge" not in words_of(silent, "instructions").lower()
 
