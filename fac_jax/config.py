@@ -700,17 +700,35 @@ class LoraConfig:
 
 @dataclass(frozen=True)
 class FinetuneConfig:
-    """Does it help? A classifier on frozen activations, seed against seed + synthetic."""
+    """Does it help? A classifier, a reward or an instruction model, by the task: seed against seed + synthetic."""
 
+    train: str | None = None
+    """Data set of the seed's preference pairs (reward), or instructions with answers: RewardBench's, HH-RLHF's, TRL's,
+    AlpacaEval's or Alpaca's rows, or fields named below. None: of such a task nothing is trained."""
     heldout: str = "heldout"
-    """Labelled data set that is never trained on."""
+    """Data set that is never trained on: labelled documents; or pairs (paper: RewardBench), or instructions with
+    answers."""
+    prompt: str | None = None
+    """Pairs, instructions: field with what is answered, as text or as messages, where rows have `answer`. None: such
+    rows are answers to nothing."""
+    answer: str | None = None
+    """Pairs, instructions: field with the answer, of a pair the better one, where rows are in no published format."""
+    rejected: str | None = None
+    """Pairs: field with the worse answer."""
+    outputs_for: str | None = None
+    """Data set of instructions that each arm answers, into model_outputs.json as AlpacaEval reads it; with llm.url the
+    local pairwise judge compares them (paper: AlpacaEval's 805)."""
+    output_tokens: int = 256
+    """Tokens of such an answer at most."""
     method: Literal["head", "lora"] = "head"
-    """head: a linear head on mean residuals of a backbone that stays as it is (seconds). lora: adapters in the backbone
-    and a head on the last token, which the paper trains for 3 epochs at a rate of 5e-5 in batches of 16."""
+    """head: a linear head on residuals of a backbone that stays as it is (seconds): the mean of the content tokens, of
+    an answer its last token behind the final norm. lora: adapters in the backbone, and a head on the last token but for
+    instructions, which have none. Paper, lora: classifier 3 epochs, rate 5e-5, batch 16; reward 1, 8e-5, 8;
+    instructions 5, 1e-4, 16."""
     seeds: tuple[int, ...] = (42, 43, 44)
     """Seeds (paper: 42, 43, 44)."""
     epochs: int = 15
-    """Passes over the training set (paper, head only: 15)."""
+    """Passes over the training set (paper, head only: classifier 15, reward 5)."""
     learning_rate: float = 8e-5
     """Adam's rate (paper, head only: 8e-5)."""
     batch: int = 4
@@ -727,6 +745,13 @@ class FinetuneConfig:
     """LoRA: norm that a step's gradient is cut to, as transformers' trainer does."""
     checkpoint_every: int = 100
     """LoRA: steps between checkpoints."""
+
+    def __post_init__(self) -> None:
+        check(
+            self.answer is not None or self.rejected is None,
+            f"finetune.rejected is {self.rejected!r} without finetune.answer: name the better one too",
+        )
+        check(self.output_tokens >= 1, f"finetune.output_tokens is {self.output_tokens}; it must be at least 1")
 
 
 @dataclass(frozen=True)

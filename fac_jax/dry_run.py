@@ -24,6 +24,7 @@ from rich.text import Text
 
 from fac_jax.backbone.weights import load_tokenizer
 from fac_jax.config import Config
+from fac_jax.downstream.arms import COMPARED
 from fac_jax.errors import UserError
 from fac_jax.features.explain import active_features, explain_with, generation_features, later_requests
 from fac_jax.features.passes import judge_with
@@ -99,6 +100,12 @@ def estimates(config: Config, wanted: Sequence[str]) -> list[Estimate]:
     cache = open_cache() if config.llm.cache else None
     found = []
     for name in wanted:
+        if name == "finetune" and config.finetune.outputs_for is not None:
+            note = (
+                f"compares the arms' answers: {2 * len(COMPARED)} questions for each instruction of data."
+                f"{config.finetune.outputs_for} at most, which are not counted"
+            )
+            found.append(Estimate(name, [], 0, 0, note))
         if name not in ASKING or not _asks(config, name):
             continue
         if run.state(stages[name], stages)[0] == "done":

@@ -63,10 +63,10 @@ def encode_all(
     A model without a chat template gets the turns joined by blank lines. Documents are read and tokenized some at a
     time, on all cores.
     """
-    special = np.array(_special_ids(tokenizer))
+    special = np.array(special_ids(tokenizer))
     documents = iter(documents)
     while held := list(islice(documents, TOGETHER)):
-        texts, starts = zip(*(_rendered(document, tokenizer) for document in held), strict=True)
+        texts, starts = zip(*(rendered(document, tokenizer) for document in held), strict=True)
         encodings = tokenizer(
             list(texts), add_special_tokens=tokenizer.chat_template is None, return_offsets_mapping=True,
             truncation=True, max_length=max_tokens, return_attention_mask=False, return_token_type_ids=False,
@@ -77,7 +77,7 @@ def encode_all(
             yield _masked(document, start, np.asarray(ids, np.int32), np.asarray(offsets).reshape(-1, 2), special)
 
 
-def _rendered(document: Document, tokenizer: PreTrainedTokenizerFast) -> tuple[str, list[int]]:
+def rendered(document: Document, tokenizer: PreTrainedTokenizerFast) -> tuple[str, list[int]]:
     """The text under the template, and where in it the words of each turn start."""
     roles = tuple(turn.role for turn in document.turns)
     pieces = _template_pieces(tokenizer, tokenizer.chat_template, roles)
@@ -107,7 +107,7 @@ def _masked(
     return EncodedDocument(document, ids, content, dropped)
 
 
-def _special_ids(tokenizer: PreTrainedTokenizerFast) -> list[int]:
+def special_ids(tokenizer: PreTrainedTokenizerFast) -> list[int]:
     added = (index for index, token in tokenizer.added_tokens_decoder.items() if token.special)
     return sorted({*tokenizer.all_special_ids, *added})
 

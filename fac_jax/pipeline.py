@@ -83,11 +83,9 @@ def pipeline(config: Config) -> dict[str, Stage]:
             _selection_inputs(config),
         ),
     ]
-    if trains_classifier(config):
-        stages.append(Stage(
-            *("finetune", "finetune", "finetune", finetune, partial(_finetune_settings, config)),
-            (anchor, seed, f"scan:{config.finetune.heldout}", "scan:kept", "scan:random"),
-        ))  # fmt: skip
+    if (inputs := _finetune_inputs(config)) is not None:
+        made_of = partial(_finetune_settings, config)
+        stages.append(Stage("finetune", "finetune", "finetune", finetune, made_of, inputs))
     if config.steer.heldout is not None and load_task(config.judge.task).description.metric == "robust accuracy":
         stages.append(Stage(
             *("steering", "steering", "steer", steer, partial(_steering_settings, config)), ("synthesis",)
@@ -106,7 +104,7 @@ def pipeline(config: Config) -> dict[str, Stage]:
 
 
 def trains_classifier(config: Config) -> bool:
-    """Whether the task is measured by what `fac finetune` trains. Raises UserError for a task that is none."""
+    """Whether the task is measured by a classifier. Raises UserError for a task that is none."""
     return load_task(config.judge.task).description.metric == "auprc"
 
 
@@ -231,9 +229,24 @@ def _steering_settings(config: Config) -> dict[str, Any]:
     return {"steer": config.steer, "questions": files, **_backbone(config)}
 
 
+def _finetune_inputs(config: Config) -> tuple[str, ...] | None:
+    """What `fac finetune` reads of the run; None where there is nothing to train."""
+    if trains_classifier(config):
+        sets = (config.coverage.anchor, config.coverage.seed, config.finetune.heldout, *WRITTEN)
+        return tuple(f"scan:{name}" for name in sets)
+    answers = load_task(config.judge.task).description.metric in ("preference accuracy", "win rate")
+    return ("synthesis",) if answers and config.finetune.train is not None else None
+
+
 def _finetune_settings(config: Config) -> dict[str, Any]:
-    settings = {"finetune": config.finetune}
-    return settings if config.finetune.method == "head" else {**settings, **_backbone(config)}
+    settings: dict[str, Any] = {"finetune": config.finetune}
+    if trains_classifier(config):
+        return settings if config.finetune.method == "head" else {**settings, **_backbone(config)}
+    names = (config.finetune.train, config.finetune.heldout, config.finetune.outputs_for)
+    read = {name: data_fingerprint(config, name) for name in dict.fromkeys(names) if name is not None}
+    metric, judged = load_task(config.judge.task).description.metric, config.finetune.outputs_for is not None
+    settings |= {**_backbone(config), "data": read, "metric": metric, "seed": config.run.seed}
+    return settings | {"judge": {"url": config.llm.url, "model": config.llm.model}} if judged else settings
 
 
 def _ablation_settings(config: Config) -> dict[str, Any]:

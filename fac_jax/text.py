@@ -13,11 +13,12 @@ import io
 import json
 import logging
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import PurePosixPath
-from typing import Any
+from typing import Any, TypeVar
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -26,8 +27,9 @@ from fac_jax.config import DataSet, Source, suggest
 from fac_jax.corpus_files import CorpusFile, resolve
 from fac_jax.errors import UserError, first_line
 
+T = TypeVar("T")
 log = logging.getLogger(__name__)
-USER = "user"
+USER, ASSISTANT = "user", "assistant"
 COUNTED_BYTES = 2**28
 """Corpora up to this size are read once to count their documents: a few seconds."""
 POSITIVE_ABOVE = 0.5
@@ -81,7 +83,8 @@ def read_documents(dataset: DataSet, name: str, skipped: list[str] | None = None
     found = False
     for source in dataset.sources:
         taken = 0
-        for document in _row_documents(source, dataset.on_bad_row, skipped if skipped is not None else []):
+        parse = partial(_row_document, source=source)
+        for document in parsed_rows(source, dataset.on_bad_row, skipped if skipped is not None else [], parse):
             if source.limit is not None and taken >= source.limit:
                 break
             low, high = source.split
@@ -102,12 +105,36 @@ def read_documents(dataset: DataSet, name: str, skipped: list[str] | None = None
 
 
 def read_rows(source: Source) -> Iterator[tuple[str, Any]]:
-    """Raw rows of a source's files, each with its place. Raises UserError for one that cannot be read."""
+    """Raw rows of a source's files with all of their fields, each with its place. Raises UserError for one that cannot
+    be read."""
     for file in resolve(source.path):
-        for where, row in _read_rows(file, source):
+        for where, row in _read_rows(file, source, every_field=True):
             if isinstance(row, UserError):
                 raise row
             yield where, row
+
+
+def parsed_rows(
+    source: Source, on_bad_row: str, skipped: list[str], parse: Callable[[Any, str], T], every_field: bool = False
+) -> Iterator[T]:
+    """What `parse(row, place)` makes of the rows of every file; of parquet it sees the fields that the source names, or
+    every field. A row that is a UserError stops the run or, with `skip`, is logged, appended to `skipped` and left out;
+    a file that cannot be read to its end always stops the run."""
+    for file in resolve(source.path):
+        for where, row in _read_rows(file, source, every_field):
+            try:
+                if isinstance(row, UserError):
+                    raise row
+                parsed = parse(row, where)
+            except UserError as error:
+                if on_bad_row == "stop":
+                    raise UserError(
+                        f"{error}; mend the row, or pass --on-bad-row skip to count, list and leave out such rows"
+                    ) from None
+                skipped.append(str(error))
+                log.warning("left out: %s", error)
+            else:
+                yield parsed
 
 
 def count_documents(dataset: DataSet, name: str) -> int | None:
@@ -120,26 +147,7 @@ def count_documents(dataset: DataSet, name: str) -> int | None:
     return sum(1 for _ in read_documents(dataset, name))
 
 
-def _row_documents(source: Source, on_bad_row: str, skipped: list[str]) -> Iterator[Document]:
-    """Documents of every file. A row may be left out; a file that cannot be read to its end always stops the run."""
-    for file in resolve(source.path):
-        for where, row in _read_rows(file, source):
-            try:
-                if isinstance(row, UserError):
-                    raise row
-                document = _row_document(row, source, where)
-            except UserError as error:
-                if on_bad_row == "stop":
-                    raise UserError(
-                        f"{error}; mend the row, or pass --on-bad-row skip to count, list and leave out such rows"
-                    ) from None
-                skipped.append(str(error))
-                log.warning("left out: %s", error)
-            else:
-                yield document
-
-
-def _row_document(row: Any, source: Source, where: str) -> Document:
+def _row_document(row: Any, where: str, source: Source) -> Document:
     if isinstance(row, tuple):  # turns made by a format of its own
         return make_document(row, source.constant_label, where)
     if not isinstance(row, dict):
@@ -186,11 +194,11 @@ def _label(row: dict[str, Any], name: str, where: str) -> float:
     return label
 
 
-def _read_rows(file: CorpusFile, source: Source) -> Iterator[tuple[str, Any]]:
+def _read_rows(file: CorpusFile, source: Source, every_field: bool) -> Iterator[tuple[str, Any]]:
     """Rows of a file, each with its place; a row that cannot be parsed comes as the UserError that says so."""
     kind = _format(file, source)
     if kind == "parquet":
-        for index, row in enumerate(_parquet_rows(file, source)):
+        for index, row in enumerate(_parquet_rows(file, source, every_field)):
             yield f"{file.name}:{index + 1}", row
     elif kind in ("json", "chitchat"):
         yield from _json_rows(file, kind)
@@ -291,13 +299,14 @@ def _csv_rows(file: CorpusFile, reader: csv.DictReader[str], skipped_lines: int)
             yield where, row
 
 
-def _parquet_rows(file: CorpusFile, source: Source) -> Iterator[dict[str, Any]]:
+def _parquet_rows(file: CorpusFile, source: Source, every_field: bool) -> Iterator[dict[str, Any]]:
     """Rows with the fields that the source names; with all of them where its text is missing, which is then said."""
     try:
         # pre_buffer, pyarrow's default, would hold the columns of the whole file in memory before the first row.
         with file.open() as stored, pq.ParquetFile(stored, buffer_size=BLOCK_BYTES, pre_buffer=False) as table:
             names = table.schema_arrow.names
-            wanted = [name for name in (source.text, source.label) if name in names] if source.text in names else None
+            some = source.text in names and not every_field
+            wanted = [name for name in (source.text, source.label) if name in names] if some else None
             for batch in table.iter_batches(batch_size=1024, columns=wanted):
                 yield from batch.to_pylist()
     except (pa.ArrowInvalid, OSError) as error:

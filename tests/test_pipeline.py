@@ -16,7 +16,7 @@ import pytest
 from fac_jax.config import load_config
 from fac_jax.pipeline import pipeline
 from fac_jax.plain import digest
-from fac_jax.runs import RECORD, Record, read_record
+from fac_jax.runs import RECORD, Record, Stage, read_record
 
 ROOT = Path(__file__).parent.parent
 SMALL = (
@@ -108,6 +108,32 @@ def test_who_answers_changes_only_what_asks(tmp_path: Path) -> None:
     assert settings("http://a/v1", "embedded", "auto") == [alone[0], *served[1:]]
     written = [settings(url, "embedded", "auto", texts=5)[0] for url in (None, "http://a/v1", "http://b/v1")]
     assert len({*written, alone[0]}) == 4, "texts are written from explanations: by whom matters"
+
+
+def test_what_is_trained_goes_by_the_task() -> None:
+    """A reward from pairs, an instruction model from instructions, where the config names them."""
+
+    def stages(name: str, **settings: object) -> dict[str, Stage]:
+        config = load_config(ROOT / f"configs/tasks/{name}.yaml")
+        url = settings.pop("url", None)
+        changed = replace(config.finetune, **settings)  # type: ignore[arg-type]
+        return pipeline(replace(config, finetune=changed, llm=replace(config.llm, url=url)))  # type: ignore[arg-type]
+
+    tasks = ("helpfulness", "instruction_following", "sycophancy", "survival")
+    assert [name for name in tasks if "finetune" in stages(name)] == ["helpfulness", "instruction_following"]
+    assert "finetune" not in stages("helpfulness", train=None) and "finetune" in pipeline(
+        load_config(ROOT / "configs/quickstart.yaml")
+    )
+    reward = stages("helpfulness")
+    assert reward["finetune"].inputs == ("synthesis",) and "finetune" in reward["report"].inputs
+    assert "scan:heldout_pairs" not in reward, "answers are not scanned"
+
+    def marked(name: str, **settings: object) -> str:
+        return digest(stages(name, **settings)["finetune"].settings)
+
+    assert marked("helpfulness") == marked("helpfulness", url="http://a/v1"), "it asks nobody"
+    assert marked("instruction_following") != marked("instruction_following", url="http://a/v1")
+    assert marked("helpfulness", heldout="pairs") != marked("helpfulness")
 
 
 def test_every_stage_is_done_and_the_report_is_there(undisturbed: Path) -> None:

@@ -79,8 +79,9 @@ def stage(config: Config, verb: str, options: dict[str, str]) -> None:
             )
         if verb == "finetune":
             raise UserError(
-                f"fac finetune trains a classifier, whose AUPRC is measured; samples of task {config.judge.task!r} are "
-                "for another kind of training, which is not here yet: `fac export` writes them for programs that do it"
+                f"fac finetune has nothing to train for task {config.judge.task!r}: set finetune.train and "
+                "finetune.heldout to data sets of preference pairs (configs/tasks/helpfulness.yaml) or of instructions "
+                "with answers (configs/tasks/instruction_following.yaml); `fac steer` is for samples with two choices"
             )
         if verb == "steer":
             raise UserError(

@@ -72,7 +72,8 @@ VERBS = {
     "evaluate": Verb("coverage of the seed set with what was synthesised", ("run", "coverage"), commands.stage),
     "select": Verb("existing documents that cover what is missing", ("run", "coverage", "select"), commands.stage),
     "finetune": Verb(
-        "a classifier with and without the synthetic samples", (*_BASE, "coverage", "finetune"), commands.stage
+        "a classifier, a reward model or an instruction model, by the task, with and without the synthetic samples",
+        *((*_BASE, "coverage", "judge", "finetune", "llm"), commands.stage),
     ),
     "steer": Verb(
         "a steering vector from samples with two choices, and what it does to held-out questions",

@@ -1,4 +1,5 @@
-"""How well scores rank positives above negatives: AUPRC and AUROC, and how sure one may be of a difference.
+"""How well scores rank positives above negatives (AUPRC, AUROC), means over held-out rows, and how sure one may be of
+either.
 
 Two sources of chance are kept apart. The spread over training seeds (initialisation and order) is the standard
 deviation the paper reports; the spread over held-out documents is larger on small sets and is measured by a paired
@@ -33,6 +34,16 @@ class Difference:
     resamples: int
 
 
+@dataclass(frozen=True)
+class Estimate:
+    """A weighted mean over held-out rows, with a 95% bootstrap interval over them."""
+
+    mean: float
+    low: float
+    high: float
+    resamples: int
+
+
 def auprc(positive: Bool[np.ndarray, " n"], scores: Float[np.ndarray, " n"]) -> float:
     """Area under the precision-recall curve (average precision); a random scorer gets the base rate."""
     from sklearn.metrics import average_precision_score
@@ -51,6 +62,22 @@ def spread(values: list[float]) -> Spread:
     """Mean and sample standard deviation of `values`."""
     sd = float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
     return Spread(float(np.mean(values)), sd, tuple(values))
+
+
+def bootstrap_mean(
+    values: Float[np.ndarray, " n"],
+    weights: Float[np.ndarray, " n"] | None = None,
+    resamples: int = 2000,
+    seed: int = 0,
+) -> Estimate:
+    """sum(w v) / sum(w), rows resampled whole; without weights all count the same. A difference between two arms is
+    that of paired values: what both share cancels."""
+    weights = np.ones(len(values)) if weights is None else np.asarray(weights, np.float64)
+    generator, n = np.random.default_rng(seed), len(values)
+    counts = generator.multinomial(n, np.full(n, 1 / n), size=resamples)
+    found = counts @ (weights * values) / (counts @ weights)
+    low, high = np.quantile(found, [0.025, 0.975])
+    return Estimate(float(weights @ values / weights.sum()), float(low), float(high), resamples)
 
 
 def paired_bootstrap(

@@ -1,4 +1,7 @@
-"""One linear head on fixed features: logistic regression by Adam, all training seeds in one compiled scan.
+"""One linear head on fixed features, all training seeds in one compiled scan: logistic regression by Adam.
+
+A reward is the same regression without a bias, on what the better answer's features have more than the worse one's
+(Bradley-Terry): the pair is always positive.
 
 Classes may be unbalanced (the paper trains on 1,000 safe and 200 toxic documents): every class has the same total
 weight in the loss, n / (2 n_class) per document, so adding positives changes what is learned and not how often
@@ -7,6 +10,7 @@ the head says yes. A seed fixes the first weights and the order of the documents
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import jax
@@ -38,6 +42,16 @@ def fit(
     return np.asarray(head_sd), np.asarray(bias_s)
 
 
+def fit_pairs(difference_nd: Float[np.ndarray, "n d"], config: FinetuneConfig) -> Float[np.ndarray, "s d"]:
+    """Weights of one reward per seed; a row is the better answer's standardised features less the worse one's."""
+    order_sib = np.stack([minibatches(len(difference_nd), config.batch, config.epochs, seed) for seed in config.seeds])
+    width = difference_nd.shape[1]
+    first_sd = np.stack([np.random.default_rng(seed).normal(0, INIT_STD, width) for seed in config.seeds])
+    ones = jnp.ones(len(difference_nd))
+    x_nd, first = jnp.asarray(difference_nd, jnp.float32), jnp.asarray(first_sd, jnp.float32)
+    return np.asarray(train_heads(x_nd, ones, ones, jnp.asarray(order_sib), first, config.learning_rate, bias=False)[0])
+
+
 def balanced(positive_n: Bool[np.ndarray, " n"]) -> Float[np.ndarray, " n"]:
     """Weights with which both classes have the same total."""
     return 0.5 / np.where(positive_n, positive_n.mean(), 1 - positive_n.mean())
@@ -53,7 +67,7 @@ def minibatches(n: int, batch: int, epochs: int, seed: int) -> Int[np.ndarray, "
     return order.reshape(epochs * per_epoch, batch)
 
 
-@jax.jit
+@partial(jax.jit, static_argnames="bias")
 def train_heads(
     x_nd: Float[Array, "n d"],
     y_n: Float[Array, " n"],
@@ -61,13 +75,15 @@ def train_heads(
     order_sib: Int[Array, "s i b"],
     first_sd: Float[Array, "s d"],
     rate: float,
+    bias: bool = True,
 ) -> tuple[Float[Array, "s d"], Float[Array, " s"]]:
-    """Logistic regression by Adam, one scan over minibatches, all seeds at once; returns weights and biases."""
+    """Logistic regression by Adam, one scan over minibatches, all seeds at once; returns weights and biases, which stay
+    0 without `bias`."""
     optimizer = optax.adam(rate)
 
     def loss(head: tuple[jax.Array, jax.Array], rows: jax.Array) -> jax.Array:
         real = rows >= 0
-        logit = x_nd[rows] @ head[0] + head[1]
+        logit = x_nd[rows] @ head[0] + head[1] * bias
         each = optax.sigmoid_binary_cross_entropy(logit, y_n[rows]) * weight_n[rows]
         return jnp.sum(jnp.where(real, each, 0)) / jnp.sum(real)
 

@@ -9,12 +9,15 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, PRNGKeyArray
@@ -23,6 +26,7 @@ from safetensors.numpy import save_file
 from fac_jax.backbone.adapter import PREFIX
 from fac_jax.backbone.config import ModelConfig
 from fac_jax.backbone.model import Tree, parameters
+from fac_jax.backbone.weights import Loaded
 from fac_jax.config import LoraConfig
 from fac_jax.mesh import FEATURE
 from fac_jax.runs import write_text, writing
@@ -64,6 +68,31 @@ def adapters(params: Tree, lora: LoraConfig, key: PRNGKeyArray | None) -> Tree:
         for place, name in enumerate(lora.matrices):
             added[f"lora_keep_{name}"] = jax.random.key_data(jax.random.split(jax.random.fold_in(key, place), blocks))
     return added
+
+
+def merged(loaded: Loaded, params: Tree, lora: LoraConfig) -> Loaded:
+    """The backbone with the adapters added to its matrices, in their type; the one given stays as it is."""
+    graph, state = nnx.split(loaded.model)
+    model = nnx.merge(graph, state)
+
+    for name in lora.matrices:
+        w = model.blocks[f"w_{name}"][...]
+        sides = params[f"lora_a_{name}"], params[f"lora_b_{name}"]
+        model.blocks[f"w_{name}"] = nnx.Param(_added(w, *sides, lora.alpha / lora.rank, place=w.sharding))
+    return replace(loaded, model=model, compiled={})
+
+
+@partial(jax.jit, static_argnames="place")
+def _added(
+    w_nio: Float[Array, "n i o"],
+    a_nir: Float[Array, "n i r"],
+    b_nro: Float[Array, "n r o"],
+    scale: float,
+    *,
+    place: Any,
+) -> Float[Array, "n i o"]:
+    total_nio = w_nio.astype(jnp.float32) + scale * jnp.einsum("nir,nro->nio", a_nir, b_nro)
+    return jax.lax.with_sharding_constraint(total_nio.astype(w_nio.dtype), place)
 
 
 def save_peft(folder: Path, params: Tree, head_d: Float[Array, " d"], lora: LoraConfig, model: str) -> None:

@@ -57,10 +57,15 @@ def loss_sum(
 
 def scores(model: Backbone, head_d: Float[Array, " d"], adapters: Tree | None, piece: Piece) -> Float[Array, " n"]:
     """The score of every text."""
+    return last_states(model, adapters, piece) @ head_d
+
+
+def last_states(model: Backbone, adapters: Tree | None, piece: Piece) -> Float[Array, "n d"]:
+    """Of every text the last token behind the final norm."""
     x_btd = _stream(model, adapters, piece)
     last_nd = x_btd.reshape(-1, x_btd.shape[-1])[piece.last_n]
     assert model.final_norm is not None
-    return rms_norm(last_nd, model.final_norm[...], model.config.rms_eps) @ head_d
+    return rms_norm(last_nd, model.final_norm[...], model.config.rms_eps)
 
 
 def _completion(model: Backbone, adapters: Tree | None, piece: Piece) -> Float[Array, ""]:

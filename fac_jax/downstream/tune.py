@@ -158,14 +158,17 @@ def tune(tuner: Tuner, groups: Sequence[Group], seed: int, out: Path) -> Learned
 
 def score_texts(tuner: Tuner, learned: Learned, groups: Sequence[Group]) -> Float[np.ndarray, "n g"]:
     """Scores of every text, a row a group."""
+    return of_texts(tuner, groups, lambda piece: tuner.score(learned, piece)).reshape(len(groups), -1)
+
+
+def of_texts(tuner: Tuner, groups: Sequence[Group], compute: Callable[[Piece], Array]) -> Float[np.ndarray, "m ..."]:
+    """What `compute` says of every text, in the order of the groups and of the texts in them."""
     found = []
     for start in range(0, len(groups), tuner.settings.batch):
         batch = groups[start : start + tuner.settings.batch]
-        of_pieces = [
-            (np.asarray(tuner.score(learned, piece)), np.asarray(piece.there_n)) for piece in tuner.pieces(batch)
-        ]
-        found += [score_n[there_n] for score_n, there_n in of_pieces]
-    return np.concatenate(found).reshape(len(groups), -1)
+        of_pieces = [(np.asarray(compute(piece)), np.asarray(piece.there_n)) for piece in tuner.pieces(batch)]
+        found += [value_n[there_n] for value_n, there_n in of_pieces]
+    return np.concatenate(found)
 
 
 def init_learned(tuner: Tuner, seed: int) -> Learned:

@@ -20,13 +20,15 @@ from fac_jax.progress import progress
 from fac_jax.runs import whole_lines, write_text
 
 
-def ask(generator: Generator, questions: Mapping[str, Request], log: Path, title: str) -> dict[str, Answer]:
+def ask(
+    generator: Generator, questions: Mapping[str, Request], log: Path, title: str, unit: str = "features"
+) -> dict[str, Answer]:
     """Answers by the questions' keys. A reply in `log` to the same request by the same model is not asked for again."""
     marks = {key: digest({"request": request, "generator": generator.name}) for key, request in questions.items()}
     texts = {mark: reply["text"] for mark, reply in _read_log(log).items()}
     todo = [key for key in questions if marks[key] not in texts]
     log.parent.mkdir(parents=True, exist_ok=True)
-    with progress(title, len(todo), "features") as bar, open(log, "a", encoding="utf-8") as lines:
+    with progress(title, len(todo), unit) as bar, open(log, "a", encoding="utf-8") as lines:
 
         def keep(index: int, reply: Reply) -> None:
             mark = marks[todo[index]]

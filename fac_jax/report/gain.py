@@ -103,8 +103,8 @@ def classifier(view: RunView) -> Section:
     """The downstream check: does training with the kept samples rank held-out documents better?"""
     title, short = "Does it help a classifier?", "Classifier"
     if (metric := view.summary("relevance").get("metric", "auprc")) != "auprc":
-        where = "`fac steer` measures that" if metric == "robust accuracy" else "which is not here yet"
-        said = f"Samples of this task are for training that is measured by {metric}, {where}."
+        verb = "fac steer, with steer.heldout," if metric == "robust accuracy" else "fac finetune, with finetune.train,"
+        said = f"Samples of this task are for what is measured by {metric}: {verb} does that."
         return Section("classifier", short, title, tag("p", said, class_="absent"))
     if view.finetune is None:
         return Section("classifier", short, title, absent("A classifier", "fac finetune CONFIG"))

@@ -27,6 +27,7 @@ from fac_jax.report.markup import Html, tag
 from fac_jax.report.products import RunView, read_view
 from fac_jax.report.steering import steering
 from fac_jax.report.sweep import sweep
+from fac_jax.report.tuned import tuned
 from fac_jax.report.verdict import headline, key_numbers, verdict
 from fac_jax.runs import write_text
 
@@ -64,7 +65,7 @@ def _sections(view: RunView) -> list[Section]:
         gap.coverage(view),
         gap.missing(view),
         gain.kept(view),
-        gain.classifier(view),
+        *(tuned(view) or [gain.classifier(view)]),
         *steering(view),
         gain.selection(view),
         explanations(view),

@@ -114,6 +114,11 @@ class RunView:
     evaluation: Row | None
     selection: Sequence[Row] | None
     finetune: Row | None
+    """eval.json of a classifier."""
+    reward: Row | None
+    """eval.json of a reward model."""
+    completions: Row | None
+    """eval.json of an instruction model."""
     steering: Row | None
     """eval.json of `fac steer`."""
     ablations: Mapping[str, Row]
@@ -175,16 +180,22 @@ def read_view(run_dir: Path, config: Config) -> RunView:
         kept=_kept(done),
         evaluation=_json(done["evaluation"] / "coverage.json") if "evaluation" in done else None,
         selection=read_rows(done["selection"] / "selected.parquet") if "selection" in done else None,
-        finetune=_json(done["finetune"] / "eval.json") if "finetune" in done and _classifies(records) else None,
+        finetune=_trained(done, records, "auprc", "classifier"),
+        reward=_trained(done, records, "preference accuracy", "reward"),
+        completions=_trained(done, records, "win rate", "completions"),
         ablations={n.removeprefix("ablation:"): _json(f / "ablation.json") for n, f in done.items() if n in ablations},
         steering=_json(done["steering"] / "eval.json") if "steering" in done else None,
         ledger=read_ledger(run_dir),
     )
 
 
-def _classifies(records: Mapping[str, Record]) -> bool:
-    """Whether the task is one that a classifier is trained for; its product may be left from another task."""
-    return "relevance" not in records or records["relevance"].summary.get("metric", "auprc") == "auprc"
+def _trained(done: Mapping[str, Path], records: Mapping[str, Record], metric: str, kind: str) -> Row | None:
+    """eval.json of what the task is measured by; the product may be left from another task."""
+    judged = records["relevance"].summary.get("metric", "auprc") if "relevance" in records else metric
+    if "finetune" not in done or judged != metric:
+        return None
+    found = _json(done["finetune"] / "eval.json")
+    return found if found.get("kind", "classifier") == kind else None  # a classifier's does not say
 
 
 def _missing(done: Mapping[str, Path], config: Config) -> list[Missing]:

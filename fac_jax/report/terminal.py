@@ -52,7 +52,7 @@ def render(view: RunView, unsafe: bool = False) -> RenderableType:
     sentences = [Padding(Text(f"• {sentence}"), (0, 0, 0, 2)) for sentence in findings if sentence]
     tables = (
         _training(view), _spliced(view), _explanations(view), _coverage(view), _missing(view, unsafe),
-        _classifier(view),
+        _classifier(view), _reward(view), _instructions(view),
     )  # fmt: skip
     spaced = [part for table in tables if table for part in (Text(), table)]
     return Group(Text(), Text(headline(view), style="bold"), *sentences, *spaced, Text())
@@ -169,3 +169,29 @@ def _classifier(view: RunView) -> Group | None:
         ]
         rows.append([arm, f"{row['documents']:,}", *numbers])
     return _table(title, ["trained on", "documents", "AUPRC", "AUROC"], rows)
+
+
+def _reward(view: RunView) -> Group | None:
+    if view.reward is None:
+        return None
+    rows = []
+    for arm, row in view.reward["arms"].items():
+        spreads = (row["accuracy"], row["score"])
+        figures = [f"{one['mean']:.1%} ± {100 * one['sd']:.1f}" if one else "–" for one in spreads]
+        rows.append([arm, f"{row['pairs']:,}", *figures])
+    title = f"Reward on {view.reward['heldout']['pairs']:,} held-out pairs (a tie is not a win)"
+    return _table(title, ["trained on", "pairs", "accuracy", "RewardBench"], rows)
+
+
+def _instructions(view: RunView) -> Group | None:
+    if view.completions is None:
+        return None
+    rows = [
+        [
+            arm, f"{row['instructions']:,}" if "instructions" in row else "untrained",
+            f"{row['nats_per_token']['mean']:.3f} ± {row['nats_per_token']['sd']:.3f}",
+        ]
+        for arm, row in view.completions["arms"].items()
+    ]  # fmt: skip
+    title = f"Instruction model on {view.completions['heldout']['instructions']:,} held-out answers"
+    return _table(title, ["trained on", "instructions", "nats a token"], rows)

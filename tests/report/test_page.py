@@ -114,7 +114,8 @@ def test_a_task_that_trains_no_classifier_says_so(view: RunView) -> None:
     record = view.records["relevance"]
     other = dataclasses.replace(record, summary={**record.summary, "metric": "win rate"})
     words = Reader(page(dataclasses.replace(view, records={**view.records, record.stage: other}, finetune=None))).text()
-    assert "measured by win rate, which is not here yet" in words and "fac finetune" not in words
+    assert "measured by win rate: fac finetune, with finetune.train, does that" in words
+    assert "fac finetune CONFIG" not in words, "it would make nothing without more settings"
 
 
 def test_scores_of_explanations(view: RunView) -> None:

@@ -47,8 +47,13 @@ SMALL = (
     "--data.anchor.max-tokens 48 --data.anchor.sample 0.15 --data.seed.max-tokens 48 --data.seed.sample 0.015"
     " --data.heldout.sample 0.2 --splice.documents 0 --judge.false-discovery-rate 0.2 --coverage.threshold 12"
     " --synthesize.max-features 2 --synthesize.candidates 4 --synthesize.second-step 2 --llm.local-batch 8"
-    " --steer.limit 4 --steer.seeds 42"
+    " --steer.limit 4 --steer.seeds 42 --finetune.seeds 42 --finetune.epochs 1"
 ).split()
+FEW_ANSWERS = (
+    "--data.instructions.sources.0.limit 2 --data.heldout_instructions.sources.0.limit 2"
+    " --data.asked.sources.0.limit 1 --finetune.output-tokens 8"
+).split()
+"""What an instruction model is trained on and measured by, made small."""
 NEW_TOKENS = {"toxicity": 48, "instruction_following": 192}
 """Tokens of a reply at most; 128 for the other tasks."""
 ONLY_WRITES = "--explain.method embedded --judge.method embedded --llm.no-cache --llm.timeout-s 600".split()
@@ -107,7 +112,8 @@ def made_by_the_backbone(task: str, folders: Path) -> Path:
 def run(task: str, folder: Path, *more: str, verb: str = "run") -> str:
     tokens = str(NEW_TOKENS.get(task, 128))
     where = ("--run.dir", str(folder), "--scan.sae", str(Path(os.environ["FAC_TASKS_SAE"]).resolve()))
-    return fac(verb, CONFIGS[task], *where, *SMALL, "--synthesize.max-new-tokens", tokens, *more)
+    few = FEW_ANSWERS if task == "instruction_following" else []
+    return fac(verb, CONFIGS[task], *where, *SMALL, *few, "--synthesize.max-new-tokens", tokens, *more)
 
 
 def server_flags(server: Running) -> tuple[str, ...]:

@@ -16,7 +16,8 @@ import pytest
 
 from fac_jax.backbone.weights import load_backbone
 from fac_jax.config import BackboneConfig, Config, FinetuneConfig, LoraConfig, MeshConfig
-from fac_jax.downstream import finetune as stage
+from fac_jax.downstream import arms as module
+from fac_jax.downstream.evaluate import auprc
 from fac_jax.downstream.finetune import finetune
 from fac_jax.downstream.tune import tune
 from fac_jax.errors import Stopped, UserError
@@ -102,11 +103,11 @@ def test_every_arm_is_measured_and_every_score_is_kept(experiment: Experiment) -
     assert evaluation["arms"]["seed+kept"]["added"] == 20 == evaluation["arms"]["seed+kept"]["documents"] - 20
     assert evaluation["arms"]["anchor"]["auroc"]["mean"] > 0.95
     assert len(evaluation["arms"]["seed"]["auprc"]["values"]) == len(experiment.config.finetune.seeds)
-    assert [(d["arm"], d["minus"]) for d in evaluation["differences"]] == list(stage.COMPARED)
+    assert [(d["arm"], d["minus"]) for d in evaluation["differences"]] == list(module.COMPARED)
     predictions = pq.read_table(experiment.out / "predictions.parquet").to_pylist()
     assert len(predictions) == 4 * 3 * 100
     one = [row for row in predictions if row["arm"] == "seed+kept" and row["seed"] == 43]
-    found = stage.auprc(np.array([r["positive"] for r in one]), np.array([r["logit"] for r in one]))
+    found = auprc(np.array([r["positive"] for r in one]), np.array([r["logit"] for r in one]))
     assert found == pytest.approx(evaluation["arms"]["seed+kept"]["auprc"]["values"][1])
 
 
@@ -131,6 +132,17 @@ def test_a_held_out_document_in_training_is_named(experiment: Experiment) -> Non
     ):
         experiment.run()
     assert not (experiment.out / "eval.json").exists()
+
+
+def test_so_is_one_in_other_spelling(experiment: Experiment) -> None:
+    """Its id, a hash of its content, is another."""
+    leak = experiment.rows["heldout"][3]
+    respelled = leak["text"].replace(" ", "  ")
+    experiment.rows["random"] = [*experiment.rows["random"], {**leak, "text": respelled}]
+    with pytest.raises(
+        UserError, match=rf"'seed\+random' are word for word .* first is {respelled}, there {leak['text']}"
+    ):
+        experiment.run()
 
 
 def test_an_empty_synthesis_is_an_arm_that_adds_nothing(experiment: Experiment) -> None:
@@ -214,11 +226,11 @@ def test_a_stopped_arm_is_gone_on_with(tuned: Experiment, monkeypatch: pytest.Mo
             raise Stopped("SIGTERM")
         return tune(tuner, groups, seed, folder)
 
-    monkeypatch.setattr(stage, "tune", tiring)
+    monkeypatch.setattr(module, "tune", tiring)
     with pytest.raises(Stopped):
         tuned.run()
     assert (tuned.out / "arms" / "seed+random" / "seed-42" / "adapter_model.safetensors").exists()
-    monkeypatch.setattr(stage, "tune", tune)
+    monkeypatch.setattr(module, "tune", tune)
     tuned.run()
     assert {f: f.read_bytes() for f in sorted(tuned.out.rglob("*")) if f.is_file()} == undisturbed
 

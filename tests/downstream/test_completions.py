@@ -1,0 +1,200 @@
+"""The stage on a tiny model: held-out nats against transformers with peft's adapters, outputs against its decoding."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from jax.sharding import Mesh
+
+from fac_jax.backbone.model import logits, residual
+from fac_jax.backbone.weights import load_backbone
+from fac_jax.config import (
+    BackboneConfig,
+    Config,
+    DataSet,
+    FinetuneConfig,
+    JudgeConfig,
+    LlmConfig,
+    LoraConfig,
+    MeshConfig,
+    Source,
+)
+from fac_jax.downstream.arms import COMPARED
+from fac_jax.downstream.finetune import finetune
+from fac_jax.downstream.lora import adapters, merged
+from fac_jax.errors import UserError
+from fac_jax.llm.fake import FakeServer
+from fac_jax.llm.question import data_shown
+from fac_jax.mesh import make_mesh
+from tests.backbone.test_model import CASES, hugging_face, whole
+from tests.downstream.test_lora import LORA, filled
+
+ARMS = ("seed", "seed+random", "seed+kept")
+TEMPLATE = "<|start|>{0}<|end|><|start|>{1}<|end|>"
+
+
+def row(number: int) -> dict[str, str]:
+    return {"instruction": f"say {number % 10}", "output": f"{number % 10}" * 4, "dataset": "digits"}
+
+
+def told(number: int) -> dict[str, str]:
+    return {"instruction": f"tell {number}", "output": f"{number % 10}" * (3 + number % 3)}
+
+
+@dataclasses.dataclass
+class Experiment:
+    """A run's folder; `run` trains."""
+
+    folder: Path
+    config: Config
+
+    @property
+    def out(self) -> Path:
+        return self.folder / "finetune"
+
+    def run(self, **settings: Any) -> dict[str, Any]:
+        self.config = dataclasses.replace(self.config, finetune=dataclasses.replace(self.config.finetune, **settings))
+        self.out.mkdir(exist_ok=True)
+        return finetune(self.config, self.out, {"synthesis": self.folder})
+
+    def evaluation(self) -> dict[str, Any]:
+        return json.loads((self.out / "eval.json").read_text())
+
+
+@pytest.fixture(params=["1x1", "2x4"])
+def experiment(tmp_path: Path, request: pytest.FixtureRequest) -> Experiment:
+    data, feature = map(int, request.param.split("x"))
+    hugging_face(*CASES["qwen2"], tmp_path / "model")
+    sets = {
+        "taught": [told(n) for n in range(6)], "heldout": [told(n) for n in range(20, 27)],
+        "asked": [row(n) for n in range(3)], "random": [told(n) for n in range(6, 9)],
+        "kept": [told(n) for n in range(9, 12)],
+    }  # fmt: skip
+    for name, rows in sets.items():
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(one) + "\n" for one in rows))
+    names = ("taught", "heldout", "asked")
+    config = Config(
+        mesh=MeshConfig(data, feature),
+        judge=JudgeConfig(task="instruction_following"),
+        backbone=BackboneConfig(model=str(tmp_path / "model"), dtype="float32", rows_per_batch=2, row_tokens=64),
+        data={name: DataSet((Source(str(tmp_path / f"{name}.jsonl")),), max_tokens=32) for name in names},
+        finetune=FinetuneConfig(
+            train="taught", method="lora", epochs=3, learning_rate=1e-2, batch=4, seeds=(42, 43), outputs_for="asked",
+            output_tokens=5, lora=LoraConfig(rank=4),
+        ),
+        llm=LlmConfig(local_batch=2),
+    )  # fmt: skip
+    return Experiment(tmp_path, config)
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # peft asks for it
+def test_nats_and_outputs_are_those_of_transformers_with_pefts_adapters(experiment: Experiment) -> None:
+    peft = pytest.importorskip("peft")
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    summary = experiment.run()
+    evaluation = experiment.evaluation()
+    assert tuple(evaluation["arms"]) == ("backbone", *ARMS) == tuple(summary["nats_per_token"])
+    assert [evaluation["arms"][arm]["added"] for arm in ARMS] == [0, 3, 3]
+    predictions = pq.read_table(experiment.out / "predictions.parquet").to_pylist()
+    assert len(predictions) == 7 + 3 * 2 * 7
+    loaded = load_backbone(str(experiment.folder / "model"), 0, "float32", make_mesh(MeshConfig(1, 1)))
+    tokenizer, held = loaded.tokenizer, [told(n) for n in range(20, 27)]
+
+    def of(model: Any) -> tuple[list[int], list[float]]:
+        """Tokens and summed nats of each held-out answer and its end, from the logits of all that stands before."""
+        tokens, nats = [], []
+        for one in held:
+            before = TEMPLATE.format(one["instruction"], "").removesuffix("<|end|>")
+            ids = tokenizer(before + one["output"] + "<|end|>", add_special_tokens=False)["input_ids"]
+            first = len(tokenizer(before, add_special_tokens=False)["input_ids"])
+            with torch.no_grad():
+                log_tv = model(torch.tensor([ids])).logits[0].log_softmax(-1)
+            nats.append(-sum(float(log_tv[place - 1, ids[place]]) for place in range(first, len(ids))))
+            tokens.append(len(ids) - first)
+        return tokens, nats
+
+    for arm, seed in (("backbone", None), ("seed", 43), ("seed+kept", 42)):
+        model = AutoModelForCausalLM.from_pretrained(experiment.folder / "model").eval()
+        if seed is not None:
+            model = peft.PeftModel.from_pretrained(model, str(experiment.out / f"arms/{arm}/seed-{seed}")).eval()
+        tokens, nats = of(model)
+        one = [p for p in predictions if (p["arm"], p["seed"]) == (arm, seed)]
+        assert [p["tokens"] for p in one] == tokens
+        np.testing.assert_allclose([p["nats"] * p["tokens"] for p in one], nats, rtol=1e-4)
+        figure = evaluation["arms"][arm]["nats_per_token"]["values"][0 if seed is None else seed - 42]
+        assert figure == pytest.approx(sum(nats) / sum(tokens), rel=1e-4)
+        if arm == "seed+kept":
+            written = json.loads((experiment.out / f"arms/{arm}/model_outputs.json").read_text())
+            for one_output, asked in zip(written, (row(n) for n in range(3)), strict=True):
+                prompt = f"<|start|>{asked['instruction']}<|end|>"
+                ids = torch.tensor([tokenizer(prompt, add_special_tokens=False)["input_ids"]])
+                with torch.no_grad():
+                    for _ in range(5):
+                        best = model(ids).logits[0, -1].argmax()
+                        if int(best) == tokenizer.eos_token_id:
+                            break
+                        ids = torch.cat([ids, best[None, None]], 1)
+                continuation = tokenizer.decode(ids[0])[len(prompt) :].strip()
+                assert one_output == {
+                    "instruction": asked["instruction"], "output": continuation,
+                    "generator": "model (seed+kept, seed 42)", "dataset": "digits",
+                }  # fmt: skip
+    assert (
+        evaluation["arms"]["seed"]["nats_per_token"]["mean"] < evaluation["arms"]["backbone"]["nats_per_token"]["mean"]
+    )
+    assert evaluation["local_pairwise_judge"] is None, "no server, no judge"
+    assert evaluation["outputs"]["files"]["seed"] == "arms/seed/model_outputs.json"
+    assert [(d["arm"], d["minus"]) for d in evaluation["differences"]] == [*COMPARED, ("seed", "backbone")]
+
+
+@pytest.mark.parametrize("experiment", ["1x1"], indirect=True)
+def test_with_a_server_the_arms_answers_are_compared(experiment: Experiment) -> None:
+    """A judge that prefers whichever comes first never lets an arm win."""
+
+    def first(body: dict[str, Any]) -> str:
+        assert set(data_shown(body["messages"][-1]["content"])) == {"instruction", "answer_a", "answer_b"}
+        return json.dumps({"label": "A", "reason": "it is first"})
+
+    with FakeServer(write=first) as server:
+        llm = LlmConfig(url=server.url, local_batch=2)
+        run = dataclasses.replace(experiment.config.run, dir=str(experiment.folder / "run"))
+        experiment.config = dataclasses.replace(experiment.config, llm=llm, run=run)
+        experiment.run(seeds=(42,), epochs=1)
+        asked = len(server.bodies)
+        found = experiment.evaluation()["local_pairwise_judge"]
+        assert [(one["arm"], one["other"]) for one in found] == list(COMPARED)
+        for one in found:
+            assert one["win"] == one["loss"] == one["failed"] == 0 and one["preferred"] == 0.5 and one["judged"] == 3
+            assert one["disagreed"] + one["equal"] == 3
+        assert asked <= 2 * sum(one["disagreed"] for one in found)
+        assert pq.read_table(experiment.out / "judgements.parquet").num_rows == 9
+        experiment.run()
+        assert len(server.bodies) == asked, "what was answered is not asked again"
+
+
+@pytest.mark.parametrize("experiment", ["1x1"], indirect=True)
+def test_a_head_is_refused(experiment: Experiment) -> None:
+    with pytest.raises(UserError, match="finetune.method is 'head': answers are learned by adapters"):
+        experiment.run(method="head")
+
+
+def test_merging_leaves_the_backbone_as_it_was(tmp_path: Path, mesh: Mesh) -> None:
+    hugging_face(*CASES["qwen2"], tmp_path)
+    loaded = load_backbone(str(tmp_path), None, "float32", mesh)
+    params = filled(loaded, LORA)
+    batch = whole(np.random.default_rng(0).integers(0, 260, (2, 24)).astype(np.int32))
+    before = np.asarray(logits(loaded.model, residual(loaded.model, *batch, 3)))
+    wanted = logits(loaded.model, residual(loaded.model, *batch, 3, adapters(params, LORA, None)))
+    one = merged(loaded, params, LORA)
+    np.testing.assert_allclose(logits(one.model, residual(one.model, *batch, 3)), wanted, atol=2e-4)
+    np.testing.assert_array_equal(logits(loaded.model, residual(loaded.model, *batch, 3)), before)
+    assert one.model.blocks["w_q"][...].sharding == loaded.model.blocks["w_q"][...].sharding
+    assert np.abs(np.asarray(wanted) - before).max() > 0.1
