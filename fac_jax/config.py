@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import typing
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -754,6 +755,58 @@ class FinetuneConfig:
         check(self.output_tokens >= 1, f"finetune.output_tokens is {self.output_tokens}; it must be at least 1")
 
 
+StudyArm = Literal[
+    "random generations",
+    "random features",
+    "one step",
+    "two steps",
+    "selection",
+    "self-instruct",
+    "evol-instruct",
+]
+
+
+@dataclass(frozen=True)
+class StudyConfig:
+    """Does coverage help? Ways to add samples to the seed, by what a classifier trained on them detects."""
+
+    budgets: tuple[int, ...] = ()
+    """Samples that each arm adds to the seed, such as 25 50 100 200; none: no study. What is written, and how, is as in
+    `synthesize`."""
+    arms: tuple[StudyArm, ...] = typing.get_args(StudyArm)
+    """What is compared, beside the seed alone. one step and two steps write for what is missing, from the same number
+    of tries; random generations are one step's, unfiltered; random features are the paper's control; selection takes
+    documents of the anchor; the last two are rivals that look at no feature."""
+    seeds: tuple[int, ...] = (42, 43, 44, 45, 46)
+    """Each trains once: its initialisation and order, and which samples a budget draws where an arm has no order."""
+    pools: int = 1
+    """How often all samples are written anew; seeds take the pools in turn."""
+    lora_budgets: tuple[int, ...] = ()
+    """Budgets at which adapters are trained beside heads: a head takes seconds, adapters minutes on a CPU."""
+    lora_seeds: tuple[int, ...] = (42, 43, 44)
+    """Seeds with which they are trained."""
+    lora: FinetuneConfig = FinetuneConfig(method="lora", epochs=3, learning_rate=5e-5, batch=16)
+    """How they are trained (paper: rank 8, 3 epochs, 5e-5, batches of 16); heads as `finetune` says."""
+
+    def __post_init__(self) -> None:
+        check(all(budget >= 1 for budget in self.budgets), f"study.budgets is {list(self.budgets)}; each at least 1")
+        for name in ("budgets", "arms", "seeds", "lora_budgets", "lora_seeds"):
+            values = getattr(self, name)
+            check(len(set(values)) == len(values), f"study.{name} is {list(values)}; name none twice")
+        check(bool(self.arms and self.seeds), "study.arms and study.seeds may not be empty")
+        check(self.pools >= 1, f"study.pools is {self.pools}; it must be at least 1")
+        check(
+            set(self.lora_budgets) <= {0, *self.budgets} and set(self.lora_seeds) <= set(self.seeds),
+            f"study.lora_budgets is {list(self.lora_budgets)} of study.budgets {list(self.budgets)}, study.lora_seeds "
+            f"{list(self.lora_seeds)} of study.seeds {list(self.seeds)}; name only what is there",
+        )
+        check(
+            self.lora.method == "lora",
+            f"study.lora.method is {self.lora.method}; a `lora:` of your own has to say all: method lora, epochs, "
+            "learning_rate, batch",
+        )
+
+
 @dataclass(frozen=True)
 class SteerConfig:
     """Samples with two choices to a steering vector, measured on questions that none of them is made of."""
@@ -888,6 +941,7 @@ class Config:
     ablation: AblationConfig = AblationConfig()
     select: SelectConfig = SelectConfig()
     finetune: FinetuneConfig = FinetuneConfig()
+    study: StudyConfig = StudyConfig()
     steer: SteerConfig = SteerConfig()
     llm: LlmConfig = LlmConfig()
     sidecar: SidecarConfig = SidecarConfig()

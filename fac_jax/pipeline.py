@@ -36,7 +36,10 @@ from fac_jax.runs import Record, Run, Stage, fingerprint, read_record
 from fac_jax.sae.formats.source import fingerprints
 from fac_jax.sae.splice import splice
 from fac_jax.sae.train import sweep, train
-from fac_jax.scan.scan import scan
+from fac_jax.scan.scan import WRITERS, scan
+from fac_jax.study.rivals import PROMPTS
+from fac_jax.study.study import study
+from fac_jax.study.texts import write_texts
 from fac_jax.synthesis.ablation import ablate
 from fac_jax.synthesis.synthesize import synthesize
 
@@ -90,6 +93,20 @@ def pipeline(config: Config) -> dict[str, Stage]:
         stages.append(Stage(
             *("steering", "steering", "steer", steer, partial(_steering_settings, config)), ("synthesis",)
         ))  # fmt: skip
+    if config.study.budgets:
+        written, scanned_by_it = partial(_study_text_settings, config), ("relevance", "explanations", anchor, seed)
+        read = (anchor, seed, f"scan:{config.finetune.heldout}", "relevance")
+        stages += [
+            Stage(
+                *("study:texts", "study/texts", "study", write_texts, written),
+                (*_sae_input(config), *scanned_by_it, "synthesis"),
+            ),
+            replace(scan_stage(config, "study_texts"), verb="study"),
+            Stage(
+                *("study", "study/cells", "study", study, partial(_study_settings, config)),
+                (*read, "study:texts", "scan:study_texts"),
+            ),
+        ]
     if config.sweep != SweepConfig() and config.scan.sae is None:
         asked, made = partial(_sweep_settings, config), _store_input(config)
         stages.append(Stage("sweep", "sweep", "sweep", sweep, asked, made, distributed=True, on_request=True))
@@ -121,8 +138,8 @@ def scanned(config: Config) -> list[str]:
 
 def scan_stage(config: Config, name: str) -> Stage:
     """The scan of one data set; the sets that synthesis writes are read from its product."""
-    inputs = (*_sae_input(config), f"synthesis/{name}.jsonl") if name in WRITTEN else _sae_input(config)
-    peaks = "all" if name in (*scanned(config), *WRITTEN) else config.scan.peaks
+    inputs = (*_sae_input(config), f"{WRITERS[name]}/{name}.jsonl") if name in WRITERS else _sae_input(config)
+    peaks = "all" if name in (*scanned(config), *WRITERS) else config.scan.peaks
     made_of, function = partial(_scan_settings, config, name, peaks), partial(scan, name=name, peaks=peaks)
     return Stage(
         f"scan:{name}", f"scans/{name}", f"scan --data {name}", function, made_of, inputs, distributed=True
@@ -183,7 +200,7 @@ def _scan_settings(config: Config, name: str, peaks: str) -> dict[str, Any]:
     kept = fingerprint(Path(peaks)) if Path(peaks).is_file() else peaks
     how = replace(config.scan, peaks=kept, share=ScanConfig.share)
     settings = {"scan": how, **_backbone(config), "sae": external_sae(config.scan.sae)}
-    return settings if name in WRITTEN else {**settings, "data": data_fingerprint(config, name)}
+    return settings if name in WRITERS else {**settings, "data": data_fingerprint(config, name)}
 
 
 def _coverage_settings(config: Config) -> dict[str, Any]:
@@ -253,6 +270,19 @@ def _ablation_settings(config: Config) -> dict[str, Any]:
     files = {arm.samples for arm in config.ablation.arms.values() if arm.samples is not None}
     read = {name: fingerprint(Path(name)) for name in sorted(files) if Path(name).is_file()}
     return {"ablation": config.ablation, "samples": read, "coverage": config.coverage, **_synthesis_settings(config)}
+
+
+def _study_text_settings(config: Config) -> dict[str, Any]:
+    study = config.study  # what follows from seeds and adapters is drawn and trained later, from the same texts
+    written = {"budget": max(study.budgets), "arms": study.arms, "pools": study.pools, "prompts": PROMPTS}
+    return {**written, **_synthesis_settings(config)}
+
+
+def _study_settings(config: Config) -> dict[str, Any]:
+    data = {each: data_fingerprint(config, each) for each in (config.coverage.anchor, config.coverage.seed)}
+    settings = {"study": config.study, "finetune": config.finetune, "threshold": config.coverage.threshold}
+    diverse = {"diversity": config.diversity, "models": models(config)}
+    return {**settings, **diverse, "data": data, "seed": config.run.seed, **_backbone(config)}
 
 
 def _selection_settings(config: Config) -> dict[str, Any]:

@@ -75,6 +75,11 @@ VERBS = {
         "a classifier, a reward model or an instruction model, by the task, with and without the synthetic samples",
         *((*_BASE, "coverage", "judge", "finetune", "llm"), commands.stage),
     ),
+    "study": Verb(
+        "does it help? ways to add samples to the seed, by what a classifier trained on them detects (and coverage and "
+        "every metric of diversity, and how they go with it)",
+        *((*_BASE, "coverage", "synthesize", "diversity", "finetune", "study", "llm"), commands.stage),
+    ),
     "steer": Verb(
         "a steering vector from samples with two choices, and what it does to held-out questions",
         *(("run", "mesh", "backbone", "steer"), commands.stage),

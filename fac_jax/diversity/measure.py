@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import logging
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -22,7 +23,7 @@ from jaxtyping import Float32
 from fac_jax.config import Config
 from fac_jax.diversity import syntax, vectors
 from fac_jax.diversity import words as lexical
-from fac_jax.diversity.bert import folder_of, load_encoder, unit
+from fac_jax.diversity.bert import Encoder, folder_of, load_encoder, unit
 from fac_jax.diversity.sampling import drawn, interval, within
 from fac_jax.runs import fingerprint, write_text
 from fac_jax.scan.scan import written_dataset
@@ -173,23 +174,28 @@ def of_embeddings(config: Config, documents: Sequence[Document], name: str) -> d
     if reason is not None or settings.embedding_model is None:
         return dict.fromkeys(SEMANTIC, _absent(reason or ""))
     encoder = load_encoder(settings.embedding_model)
-
-    def embedded(documents: Sequence[Document]) -> Embedded:
-        token_ids: list[list[int]] = []
-        while len(token_ids) < len(documents) and sum(map(len, token_ids)) <= settings.embedded_tokens:
-            some = documents[len(token_ids) : len(token_ids) + TOKENIZED]
-            token_ids += encoder.tokens([document.text for document in some])
-        taken = within([len(ids) for ids in token_ids], settings.embedded_tokens)
-        found = encoder.encode(token_ids[:taken])
-        return Embedded(found, unit(found), len(documents))
-
-    here = embedded(documents)
-    if name == reference(config):
-        there = here
-    else:
-        other = config.dataset(reference(config))
-        there = embedded(drawn(list(read_documents(other, reference(config))), config.run.seed))
+    here = there = embed(encoder, documents, settings.embedded_tokens)
+    if name != reference(config):
+        there = embed_reference(config, encoder)
     return figures_of(here, there, settings.clusters, settings.pair_rows, config.run.seed, reference(config))
+
+
+def embed(encoder: Encoder, documents: Sequence[Document], tokens: float = math.inf) -> Embedded:
+    """The first documents, until they have so many tokens."""
+    token_ids: list[list[int]] = []
+    while len(token_ids) < len(documents) and sum(map(len, token_ids)) <= tokens:
+        some = documents[len(token_ids) : len(token_ids) + TOKENIZED]
+        token_ids += encoder.tokens([document.text for document in some])
+    taken = within([len(ids) for ids in token_ids], tokens)
+    found = encoder.encode(token_ids[:taken])
+    return Embedded(found, unit(found), len(documents))
+
+
+def embed_reference(config: Config, encoder: Encoder) -> Embedded:
+    """The data set that clusters and density are taken from."""
+    name = reference(config)
+    documents = drawn(list(read_documents(config.dataset(name), name)), config.run.seed)
+    return embed(encoder, documents, config.diversity.embedded_tokens)
 
 
 def figures_of(

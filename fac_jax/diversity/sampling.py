@@ -25,7 +25,7 @@ def drawn(documents: Sequence[Document], seed: int) -> list[Document]:
     return sorted(documents, key=lambda document: (document_hash(document.id, f"diversity {seed}"), document.id))
 
 
-def within(sizes: Sequence[int], budget: int) -> int:
+def within(sizes: Sequence[int], budget: float) -> int:
     """How many of the first rows have at most `budget` tokens (or words) together; one at least, if there is one."""
     ends = np.cumsum(np.asarray(sizes, np.int64))
     return max(int(np.searchsorted(ends, budget, "right")), min(1, len(sizes)))

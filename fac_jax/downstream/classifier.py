@@ -170,15 +170,15 @@ def tuned_scores(
             f"the scans were made with model {model}, {config.backbone.model} is {loaded.digest}: scan again"
         )
     tuner = make_tuner(loaded, "classifier", config.finetune, config.backbone)
-    held = _groups(heldout)
+    held = groups_of(heldout)
     found = train_arms(
-        config, out, tuner, {name: _groups(arm) for name, arm in arms.items()},
+        config, out, tuner, {name: groups_of(arm) for name, arm in arms.items()},
         lambda name, seed, learned: score_texts(tuner, learned, held)[:, 0],
     )  # fmt: skip
     return {name: np.stack(of_seeds) for name, of_seeds in found.items()}
 
 
-def _groups(examples: Examples) -> list[Group]:
+def groups_of(examples: Examples) -> list[Group]:
     rows = zip(examples.tokens, examples.positive_n, balanced(examples.positive_n), strict=True)
     return [(Text(ids, np.zeros(len(ids), bool), float(positive), float(weight)),) for ids, positive, weight in rows]
 

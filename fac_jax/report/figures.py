@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from fac_jax.report.markup import Html, join, tag
@@ -26,6 +26,8 @@ class Series:
     name: str
     points: Sequence[tuple[float, float]]
     colour: int = 0
+    intervals: Sequence[tuple[float, float]] = ()
+    """Of each point of a line, from where to where it may lie; none: not drawn."""
 
 
 @dataclass(frozen=True)
@@ -50,14 +52,16 @@ def number(value: float) -> str:
 
 def line_figure(title: str, series: Sequence[Series], x_label: str, height: int = 190, from_zero: bool = False) -> Html:
     """Lines over a shared horizontal axis, named at their right ends. Points that are not finite are left out."""
-    series = [Series(s.name, [p for p in s.points if all(map(math.isfinite, p))], s.colour) for s in series]
+    series = [replace(s, points=[p for p in s.points if all(map(math.isfinite, p))]) for s in series]
     series = [s for s in series if s.points]
     xs = [x for s in series for x, _ in s.points]
-    ys = [y for s in series for _, y in s.points]
+    ys = [y for s in series for y in (*(y for _, y in s.points), *(end for ends in s.intervals for end in ends))]
     if not xs:
         return tag("p", f"{title}: no finite values were recorded.", class_="quiet")
-    legend = len(series) > 1
-    left, right, top, bottom = 44, WIDTH - 10, 10 + 16 * legend, height - 34
+    left, right = 44, WIDTH - 10
+    lines = len(_legend_rows(series, left)) if len(series) > 1 else 0
+    height += 16 * max(0, lines - 1)
+    top, bottom = 10 + 16 * lines, height - 34
     x_ticks, y_ticks = ticks(min(xs), max(xs), 4), ticks(0 if from_zero else min(ys), max(ys), 4)
     x_low, x_high = min(xs), max(max(xs), min(xs) + 1e-9)
     y_low, y_high = min(y_ticks[0], *ys), max(y_ticks[-1], *ys)
@@ -84,9 +88,12 @@ def line_figure(title: str, series: Sequence[Series], x_label: str, height: int 
             marks.append(tag("polyline", points=path, class_=f"line line{s.colour}"))
             if len(s.points) <= MARKED_POINTS:
                 marks += [tag("circle", cx=x_at(x), cy=y_at(y), r=2.5, class_=f"fill{s.colour}") for x, y in s.points]
+        for (x, _), (low, high) in zip(s.points, s.intervals, strict=False):
+            ends = {"y1": y_at(low), "y2": y_at(high)}
+            marks.append(tag("line", x1=x_at(x), x2=x_at(x), **ends, class_=f"line line{s.colour} thin"))
     last = ", ".join(f"{s.name} ends at {number(s.points[-1][1])}" for s in series)
     return _figure(
-        title, f"{title} against {x_label}: {last}.", height, marks, _legend(series, left) if legend else None
+        title, f"{title} against {x_label}: {last}.", height, marks, _legend(series, left) if lines else None
     )
 
 
@@ -193,12 +200,26 @@ def _figure(title: str, description: str, height: int, marks: Sequence[Html], le
 
 
 def _legend(series: Sequence[Series], left: float) -> Html:
-    marks, x = [], left
-    for s in series:
-        marks.append(tag("rect", x=x, y=3, width=10, height=10, rx=2, class_=f"fill{s.colour}"))
-        marks.append(_label(x + 14, 12, s.name, "start"))
-        x += 26 + 6.2 * len(s.name)
+    marks = []
+    for line, row in enumerate(_legend_rows(series, left)):
+        for x, s in row:
+            marks.append(tag("rect", x=x, y=3 + 16 * line, width=10, height=10, rx=2, class_=f"fill{s.colour}"))
+            marks.append(_label(x + 14, 12 + 16 * line, s.name, "start"))
     return join(marks)
+
+
+def _legend_rows(series: Sequence[Series], left: float) -> list[list[tuple[float, Series]]]:
+    """Names side by side as far as there is room, each with where it begins."""
+    rows: list[list[tuple[float, Series]]] = [[]]
+    x = left
+    for s in series:
+        width = 26 + 6.2 * len(s.name)
+        if rows[-1] and x + width > WIDTH:
+            rows.append([])
+            x = left
+        rows[-1].append((x, s))
+        x += width
+    return rows
 
 
 def _label(x: float, y: float, label: str, anchor: str) -> Html:

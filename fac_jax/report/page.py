@@ -26,6 +26,7 @@ from fac_jax.report.figures import STYLE
 from fac_jax.report.markup import Html, tag
 from fac_jax.report.products import RunView, read_view
 from fac_jax.report.steering import steering
+from fac_jax.report.study import study
 from fac_jax.report.sweep import sweep
 from fac_jax.report.tuned import tuned
 from fac_jax.report.verdict import headline, key_numbers, verdict
@@ -67,6 +68,7 @@ def _sections(view: RunView) -> list[Section]:
         gain.kept(view),
         *(tuned(view) or [gain.classifier(view)]),
         *steering(view),
+        *study(view),
         gain.selection(view),
         explanations(view),
         apparatus.what_was_run(view),

@@ -121,6 +121,8 @@ class RunView:
     """eval.json of an instruction model."""
     steering: Row | None
     """eval.json of `fac steer`."""
+    study: Row | None
+    """study.json: ways to add samples, side by side."""
     ablations: Mapping[str, Row]
     """ablation.json of each ablation by name."""
     ledger: Sequence[Row]
@@ -158,7 +160,8 @@ def read_view(run_dir: Path, config: Config) -> RunView:
     scans = {f"scan:{folder.name}": folder for folder in sorted((run_dir / "scans").glob("*"))}
     diversity = {f"diversity:{folder.name}": folder for folder in sorted((run_dir / "diversity").glob("*"))}
     ablations = {f"ablation:{folder.name}": folder for folder in sorted((run_dir / "ablations").glob("*"))}
-    folders = {**scans, **{name: run_dir / name for name in STAGES}, **diversity, **ablations}
+    named = {**{name: run_dir / name for name in STAGES}, "study": run_dir / "study" / "cells"}
+    folders = {**scans, **named, **diversity, **ablations}
     records = {name: record for name, folder in folders.items() if (record := read_record(folder)) is not None}
     done = {name: folder for name, folder in folders.items() if name in records}
     return RunView(
@@ -184,6 +187,7 @@ def read_view(run_dir: Path, config: Config) -> RunView:
         reward=_trained(done, records, "preference accuracy", "reward"),
         completions=_trained(done, records, "win rate", "completions"),
         ablations={n.removeprefix("ablation:"): _json(f / "ablation.json") for n, f in done.items() if n in ablations},
+        study=_json(done["study"] / "study.json") if "study" in done else None,
         steering=_json(done["steering"] / "eval.json") if "steering" in done else None,
         ledger=read_ledger(run_dir),
     )

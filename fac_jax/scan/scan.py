@@ -44,6 +44,9 @@ from fac_jax.scan.stretch import Stretch
 from fac_jax.scan.units import Share, documents_left, units
 from fac_jax.text import count_documents, read_documents
 
+WRITERS = {"kept": "synthesis", "random": "synthesis", "study_texts": "study:texts"}
+"""Data sets that a run writes itself, and the stage that writes each."""
+
 
 def scan(config: Config, out: Path, inputs: Mapping[str, Path], name: str, peaks: str = "all") -> dict[str, Any]:
     """Stage: scan the data set `name`, or the set of that name which synthesis wrote when `inputs` has "synthesis".
@@ -54,7 +57,8 @@ def scan(config: Config, out: Path, inputs: Mapping[str, Path], name: str, peaks
     holds a scan made with something else. What synthesis wrote may be empty: then nothing passed its filter. Raises
     Unfinished where other commands still have shares to scan.
     """
-    dataset = written_dataset(config, inputs["synthesis"], name) if "synthesis" in inputs else config.dataset(name)
+    written = inputs.get(WRITERS.get(name, ""))
+    dataset = config.dataset(name) if written is None else written_dataset(config, written, name)
     share = _share(config)
     loaded, sae = load_scorer(config, inputs)
     kept, kept_f = kept_features(peaks, sae.features)
@@ -64,7 +68,7 @@ def scan(config: Config, out: Path, inputs: Mapping[str, Path], name: str, peaks
     )  # fmt: skip
     parts.check_identity(out, identity)
     if not (out / "scan.json").exists():
-        empty = "synthesis" in inputs and not _has_rows(dataset)
+        empty = written is not None and not _has_rows(dataset)
         scan_share(config, out, identity, kept_f, loaded, sae, share, None if empty else dataset)
         beat(f"scanning {name}: waiting for the other shares", math.inf)  # they may be longer; the dead have no pulse
         wait_for_all(f"{name} is scanned")
@@ -154,9 +158,10 @@ def scan_share(
     parts.commit(out, replace(state, finished=True, skipped=tuple(skipped)), summary)
 
 
-def written_dataset(config: Config, synthesis: Path, name: str) -> DataSet:
-    """A set that synthesis wrote (`kept`, `random`), cut at as many tokens as the seed."""
-    source = Source(path=str(synthesis / f"{name}.jsonl"), format="jsonl", text="text", label="label")
+def written_dataset(config: Config, folder: Path, name: str) -> DataSet:
+    """A set that another stage wrote (synthesis: `kept`, `random`; a study: `texts`), cut at as many tokens as the
+    seed."""
+    source = Source(path=str(folder / f"{name}.jsonl"), format="jsonl", text="text", label="label")
     return DataSet(sources=(source,), max_tokens=config.dataset(config.coverage.seed).max_tokens)
 
 

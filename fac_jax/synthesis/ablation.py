@@ -114,12 +114,17 @@ class Bench:
 
 def ablate(config: Config, out: Path, inputs: Mapping[str, Path]) -> dict[str, Any]:
     """Stage. Raises UserError where nothing is missing, a file of samples is none, or the writer fails."""
+    return run_arms(open_bench(config, inputs), out)
+
+
+def open_bench(config: Config, inputs: Mapping[str, Path]) -> Bench:
+    """Scans, SAE and writer in memory."""
     anchor, seed = load_scans(inputs[f"scan:{config.coverage.anchor}"], inputs[f"scan:{config.coverage.seed}"])
     score = open_scorer(config, inputs, anchor, config.coverage.seed)
     generator = open_generator(config, make_mesh(config.mesh), score.directions)
     relevant_f = relevant_features(inputs["relevance"], anchor)
     peak_f = anchor.peaks_nf.max(axis=0).toarray()
-    return run_arms(Bench(config, inputs, anchor, seed, peak_f, relevant_f, generator, score), out)
+    return Bench(config, inputs, anchor, seed, peak_f, relevant_f, generator, score)
 
 
 def run_arms(bench: Bench, out: Path) -> dict[str, Any]:
@@ -206,29 +211,43 @@ def _threshold(config: Config, arm: ArmConfig) -> float:
 
 def _outcome(bench: Bench, name: str, arm: ArmConfig, number: int, folder: Path, written: list[Generation]) -> Outcome:
     """One arm with one seed, unless it is there; what is written for it joins `written`."""
-    done, log = folder / "outcome.json", folder / LOG
+    done = folder / "outcome.json"
     if done.exists():
         return Outcome(**json.loads(done.read_text(encoding="utf-8")))
     threshold = _threshold(bench.config, arm)
+    missing = missing_at(bench, name, threshold)
+    if arm.samples is not None:
+        outcome = _of_samples(bench, name, number, Path(arm.samples), missing, threshold)
+    else:
+        made, targets = write_arm(bench, arm, number, missing, folder, written)
+        outcome = _measured(bench, name, number, made, missing, threshold, targets)
+    write_text(done, json.dumps(asdict(outcome)))
+    return outcome
+
+
+def missing_at(bench: Bench, name: str, threshold: float) -> list[int]:
+    """Features that the seed misses, highest anchor peak first. Raises UserError, naming arm `name`, for none."""
     rows = missing_rows(bench.relevant_f, bench.anchor, bench.seed, threshold, {})
-    missing = [row["feature"] for row in rows]
-    if not missing:
+    if not rows:
         raise UserError(
             f"arm {name!r}: no feature is missing at threshold {threshold:g}, so there is nothing to write for; leave "
             "it out, or give it another threshold"
         )
-    if arm.samples is not None:
-        outcome = _of_samples(bench, name, number, Path(arm.samples), missing, threshold)
-    else:
-        config, features = _settings(bench, arm, number, threshold, missing)
-        peaks = {feature: float(bench.peak_f[feature]) for feature in features}
-        plan = plan_for(peaks, config, bench.anchor, bench.seed, bench.inputs)
-        settle_log(log, list({one.key: one for one in (*written, *read_log(log))}.values()))
-        made = write_samples(plan, bench.generator, bench.score, folder)
-        written += read_log(log)
-        outcome = _measured(bench, name, number, made, missing, threshold, len(plan.targets))
-    write_text(done, json.dumps(asdict(outcome)))
-    return outcome
+    return [row["feature"] for row in rows]
+
+
+def write_arm(
+    bench: Bench, arm: ArmConfig, number: int, missing: Sequence[int], folder: Path, written: list[Generation]
+) -> tuple[Written, int]:
+    """What an arm writes with a seed, and for how many features; replies in `written` are used again, new ones join."""
+    config, features = _settings(bench, arm, number, _threshold(bench.config, arm), missing)
+    peaks = {feature: float(bench.peak_f[feature]) for feature in features}
+    plan = plan_for(peaks, config, bench.anchor, bench.seed, bench.inputs)
+    log = folder / LOG
+    settle_log(log, list({one.key: one for one in (*written, *read_log(log))}.values()))
+    made = write_samples(plan, bench.generator, bench.score, folder)
+    written += read_log(log)
+    return made, len(plan.targets)
 
 
 def _settings(

@@ -1,0 +1,169 @@
+"""A cell of a study: the seed with what an arm adds at one budget and with one seed, and every figure of it.
+
+Coverage and diversity are of the whole training set, the seed's documents included, as detection is; the target hit
+rate is of what was added, of the features that the seed misses. Each cell's figures and scores are kept as soon as
+they are there: a stopped study goes on behind them.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float
+
+from fac_jax.backbone.weights import load_backbone
+from fac_jax.config import Config
+from fac_jax.coverage import fac as arithmetic
+from fac_jax.diversity import measure, syntax
+from fac_jax.downstream.classifier import groups_of, head_scores
+from fac_jax.downstream.evaluate import auprc, auroc
+from fac_jax.downstream.tune import Tuner, make_tuner, score_texts, tune
+from fac_jax.errors import UserError
+from fac_jax.mesh import make_mesh
+from fac_jax.runs import write_text
+from fac_jax.study.library import Library, Rows, documents_of
+
+SEED_ALONE = "seed"
+METRICS = ("fac", "target_hit_rate", *(metric.name for metric in measure.METRICS))
+"""What may go with detection."""
+
+
+@dataclass(frozen=True)
+class Cell:
+    """Which documents are trained on."""
+
+    arm: str
+    budget: int
+    seed: int
+
+    @property
+    def name(self) -> str:
+        """Names its files."""
+        return f"{self.arm.replace(' ', '-')}-{self.budget}-seed-{self.seed}"
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """A cell, measured."""
+
+    cell: Cell
+    added: int
+    """Documents that came to the seed's."""
+    figures: Mapping[str, float | None]
+    """METRICS; None where one is not defined or its model not here."""
+    scores: Mapping[str, Float[np.ndarray, " n"]]
+    """By `head` and, where adapters were trained, `lora`: logits of the held-out documents."""
+
+
+def cells(config: Config, lora: bool = False) -> list[Cell]:
+    """All cells; or those with adapters."""
+    study = config.study
+    budgets, seeds = (study.lora_budgets, study.lora_seeds) if lora else ((0, *study.budgets), study.seeds)
+    arms = [(SEED_ALONE, 0)] if 0 in budgets else []
+    arms += [(arm, budget) for arm in study.arms for budget in budgets if budget]
+    return [Cell(arm, budget, seed) for arm, budget in arms for seed in seeds]
+
+
+def measure_cells(library: Library, out: Path) -> list[Outcome]:
+    """Heads and figures of every cell, then adapters where they are asked for."""
+    config = library.config
+    measured = {cell: _measured(library, cell, out) for cell in cells(config)}
+    tuned = _tuned(library, out)
+    return [
+        replace(one, scores={**one.scores, **({"lora": tuned[cell]} if cell in tuned else {})})
+        for cell, one in measured.items()
+    ]
+
+
+def detection(library: Library, scores_n: Float[np.ndarray, " n"]) -> dict[str, float]:
+    """How well the held-out documents are told apart."""
+    positive_n = library.heldout.positive_n
+    return {"auprc": auprc(positive_n, scores_n), "auroc": auroc(positive_n, scores_n)}
+
+
+def figures_of(library: Library, added: Rows) -> dict[str, float | None]:
+    """METRICS of the seed with these documents."""
+    rows = np.concatenate([library.seed, added])
+    found = library.coverage
+    whole_f = arithmetic.active(library.peaks_nf[rows], found.threshold)
+    added_f = arithmetic.active(library.peaks_nf[added], found.threshold)
+    hit = arithmetic.target_hit_rate(found.missing_f, added_f) if len(added) else None
+    figures = {"fac": arithmetic.fac(found.relevant_f, found.anchor_f, whole_f), "target_hit_rate": hit}
+    return {**figures, **_diversity(library, rows)}
+
+
+def _diversity(library: Library, rows: Rows) -> dict[str, float | None]:
+    diverse, settings = library.diverse, library.config.diversity
+    told = measure.of_words(documents_of([library.examples.texts[row] for row in rows]))
+    found: dict[str, float | None] = {name: figure["value"] for name, figure in told.items()}
+    if diverse.parsed is not None:
+        found["pos_distinct_2"] = syntax.pos_distinct_2(diverse.parsed.tags.only(rows))
+        found["dependency_entropy"] = syntax.dependency_entropy(diverse.parsed.relations.only(rows))
+    if diverse.here is not None and diverse.reference is not None:
+        here = measure.Embedded(diverse.here.vectors_nd[rows], diverse.here.unit_nd[rows], len(rows))
+        told = measure.figures_of(
+            here, diverse.reference, settings.clusters, settings.pair_rows, library.config.run.seed,
+            measure.reference(library.config),
+        )  # fmt: skip
+        found |= {name: figure["value"] for name, figure in told.items()}
+    return {name: found.get(name) for name in METRICS[2:]}
+
+
+def _added(library: Library, cell: Cell) -> Rows:
+    if cell.arm == SEED_ALONE:
+        return np.zeros(0, np.int64)
+    return library.added(cell.arm, cell.budget, library.config.study.seeds.index(cell.seed))
+
+
+def _measured(library: Library, cell: Cell, out: Path) -> Outcome:
+    done = out / "heads" / f"{cell.name}.json"
+    added = _added(library, cell)
+    if done.exists():
+        told = json.loads(done.read_text(encoding="utf-8"))
+    else:
+        settings = replace(library.config.finetune, seeds=(cell.seed,))
+        examples = library.take(np.concatenate([library.seed, added]))
+        scores_n = head_scores(
+            replace(library.config, finetune=settings), examples, library.heldout, library.take(library.seed)
+        )[0]
+        told = {"figures": figures_of(library, added), "scores": scores_n.tolist()}
+        _keep(done, told)
+    return Outcome(cell, len(added), told["figures"], {"head": np.array(told["scores"])})
+
+
+def _tuned(library: Library, out: Path) -> dict[Cell, Float[np.ndarray, " n"]]:
+    """Scores of the held-out documents by adapters and head."""
+    asked = cells(library.config, lora=True)
+    files = {cell: out / "adapters" / f"{cell.name}.json" for cell in asked}
+    todo = [cell for cell in asked if not files[cell].exists()]
+    tuner = _tuner(library) if todo else None
+    for cell in todo:
+        assert tuner is not None
+        folder = out / "adapters" / cell.name
+        examples = library.take(np.concatenate([library.seed, _added(library, cell)]))
+        learned = tune(tuner, groups_of(examples), cell.seed, folder)
+        scores_n = score_texts(tuner, learned, groups_of(library.heldout))[:, 0]
+        _keep(files[cell], {"scores": scores_n.tolist()})
+        shutil.rmtree(folder)
+    return {cell: np.array(json.loads(file.read_text(encoding="utf-8"))["scores"]) for cell, file in files.items()}
+
+
+def _tuner(library: Library) -> Tuner:
+    config = library.config
+    loaded = load_backbone(config.backbone.model, None, config.backbone.dtype, make_mesh(config.mesh))
+    if loaded.digest != library.model:
+        raise UserError(
+            f"the scans were made with model {library.model}, {config.backbone.model} is {loaded.digest}: scan again"
+        )
+    return make_tuner(loaded, "classifier", config.study.lora, config.backbone)
+
+
+def _keep(file: Path, told: Mapping[str, Any]) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    write_text(file, json.dumps(told))
