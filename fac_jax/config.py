@@ -705,13 +705,14 @@ class FinetuneConfig:
 
     train: str | None = None
     """Data set of the seed's preference pairs (reward), or instructions with answers: RewardBench's, HH-RLHF's, TRL's,
-    AlpacaEval's or Alpaca's rows, or fields named below. None: of such a task nothing is trained."""
+    AlpacaEval's or Alpaca's rows, or fields named below. Its max_tokens keep the end of a pair's texts (paper: 1,024),
+    or the start of instruction and answer. None: of such a task nothing is trained."""
     heldout: str = "heldout"
     """Data set that is never trained on: labelled documents; or pairs (paper: RewardBench), or instructions with
     answers."""
     prompt: str | None = None
-    """Pairs, instructions: field with what is answered, as text or as messages, where rows have `answer`. None: such
-    rows are answers to nothing."""
+    """Pairs, instructions: field with what is answered, as text or as messages, where rows are in no published format.
+    None: rows with `answer` are answers to nothing."""
     answer: str | None = None
     """Pairs, instructions: field with the answer, of a pair the better one, where rows are in no published format."""
     rejected: str | None = None

@@ -34,7 +34,7 @@ from fac_jax.llm.cache import Cache, keys, open_cache
 from fac_jax.llm.client import OnReply, Reply, Request
 from fac_jax.llm.exchange import chat_body
 from fac_jax.llm.ledger import guessed_tokens, price, read_ledger, sum_of
-from fac_jax.pipeline import pipeline
+from fac_jax.pipeline import compares_outputs, pipeline
 from fac_jax.runs import Run
 from fac_jax.scan.product import load_scan, load_scans
 from fac_jax.synthesis import contrast
@@ -100,12 +100,13 @@ def estimates(config: Config, wanted: Sequence[str]) -> list[Estimate]:
     cache = open_cache() if config.llm.cache else None
     found = []
     for name in wanted:
-        if name == "finetune" and config.finetune.outputs_for is not None:
+        if name == "finetune" and compares_outputs(config):
+            done = run.state(stages[name], stages)[0] == "done"
             note = (
-                f"compares the arms' answers: {2 * len(COMPARED)} questions for each instruction of data."
-                f"{config.finetune.outputs_for} at most, which are not counted"
+                f"compares the arms' answers: {2 * len(COMPARED)} questions at most for each instruction of data."
+                f"{config.finetune.outputs_for}, which are not counted"
             )
-            found.append(Estimate(name, [], 0, 0, note))
+            found.append(Estimate(name, [], 0, 0, "done" if done else note))
         if name not in ASKING or not _asks(config, name):
             continue
         if run.state(stages[name], stages)[0] == "done":

@@ -14,6 +14,7 @@ from functools import lru_cache
 from itertools import islice
 
 import numpy as np
+from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerFast
 
 from fac_jax.config import BackboneConfig, DataSet
@@ -80,7 +81,12 @@ def encode_all(
 def rendered(document: Document, tokenizer: PreTrainedTokenizerFast) -> tuple[str, list[int]]:
     """The text under the template, and where in it the words of each turn start."""
     roles = tuple(turn.role for turn in document.turns)
-    pieces = _template_pieces(tokenizer, tokenizer.chat_template, roles)
+    try:
+        pieces = _template_pieces(tokenizer, tokenizer.chat_template, roles)
+    except TemplateError as error:
+        raise UserError(
+            f"{document.source}: the chat template refuses turns of {', '.join(roles)} ({error}); leave the row out"
+        ) from None
     if len(pieces) <= len(roles):
         raise UserError(f"{document.source}: the chat template drops a {roles[len(pieces)]!r} turn; leave it out")
     parts, starts, length = [pieces[0]], [], len(pieces[0])

@@ -246,6 +246,13 @@ def _steering_settings(config: Config) -> dict[str, Any]:
     return {"steer": config.steer, "questions": files, **_backbone(config)}
 
 
+def compares_outputs(config: Config) -> bool:
+    """Whether `fac finetune` has a server compare what instruction models answer."""
+    settings = config.finetune
+    asked = settings.train is not None and settings.outputs_for is not None and config.llm.url is not None
+    return asked and load_task(config.judge.task).description.metric == "win rate"
+
+
 def _finetune_inputs(config: Config) -> tuple[str, ...] | None:
     """What `fac finetune` reads of the run; None where there is nothing to train."""
     if trains_classifier(config):
@@ -261,9 +268,9 @@ def _finetune_settings(config: Config) -> dict[str, Any]:
         return settings if config.finetune.method == "head" else {**settings, **_backbone(config)}
     names = (config.finetune.train, config.finetune.heldout, config.finetune.outputs_for)
     read = {name: data_fingerprint(config, name) for name in dict.fromkeys(names) if name is not None}
-    metric, judged = load_task(config.judge.task).description.metric, config.finetune.outputs_for is not None
-    settings |= {**_backbone(config), "data": read, "metric": metric, "seed": config.run.seed}
-    return settings | {"judge": {"url": config.llm.url, "model": config.llm.model}} if judged else settings
+    llm = {"url": config.llm.url, "model": config.llm.model} if compares_outputs(config) else None
+    metric = load_task(config.judge.task).description.metric
+    return {**settings, **_backbone(config), "data": read, "metric": metric, "judge": llm, "seed": config.run.seed}
 
 
 def _ablation_settings(config: Config) -> dict[str, Any]:

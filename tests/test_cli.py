@@ -55,6 +55,14 @@ def test_every_verb_documents_every_field_of_its_sections(verb: str, capsys: pyt
             assert f"--{section}.{field.replace('_', '-')}" in out, f"{section}.{field} is not documented"
 
 
+def test_finetune_says_what_a_task_without_its_data_lacks(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    where = ("--run.dir", str(tmp_path))
+    status, _, err = run(capsys, "finetune", str(ROOT / "configs/tasks/survival.yaml"), *where)
+    assert status == 1 and "nothing to train for task 'survival': set finetune.train and finetune.heldout" in err
+    status, _, err = run(capsys, "finetune", str(ROOT / "configs/tasks/helpfulness.yaml"), *where)
+    assert status == 1 and "needs" in err and "run `fac " in err
+
+
 def test_a_stage_without_its_inputs_names_the_command_that_makes_them(
     capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:

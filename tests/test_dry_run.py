@@ -104,3 +104,14 @@ def test_without_a_server_it_says_so() -> None:
     with pytest.raises(UserError, match="llm.url is not set"):
         estimates(Config(), ["explanations"])
     assert set(dry_run.ASKING) == {"explanations", "relevance", "synthesis"}
+
+
+def test_comparing_what_arms_answer_is_said_and_not_counted(tmp_path: Path) -> None:
+    config = load_config(ROOT / "configs/tasks/instruction_following.yaml")
+    config = dataclasses.replace(
+        config, run=RunConfig(dir=str(tmp_path)), llm=LlmConfig(url="http://127.0.0.1:9/v1", cache=False)
+    )
+    (found,) = estimates(config, ["finetune"])
+    assert found.note.startswith("compares the arms' answers: 6 questions at most for each instruction of data.asked")
+    silent = dataclasses.replace(config.finetune, outputs_for=None)
+    assert estimates(dataclasses.replace(config, finetune=silent), ["finetune"]) == []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +26,12 @@ from fac_jax.config import (
     MeshConfig,
     Source,
 )
+from fac_jax.downstream import arms as module
 from fac_jax.downstream.arms import COMPARED
 from fac_jax.downstream.finetune import finetune
 from fac_jax.downstream.lora import adapters, merged
-from fac_jax.errors import UserError
+from fac_jax.downstream.tune import tune
+from fac_jax.errors import Stopped, UserError
 from fac_jax.llm.fake import FakeServer
 from fac_jax.llm.question import data_shown
 from fac_jax.mesh import make_mesh
@@ -178,6 +181,31 @@ def test_with_a_server_the_arms_answers_are_compared(experiment: Experiment) -> 
         assert pq.read_table(experiment.out / "judgements.parquet").num_rows == 9
         experiment.run()
         assert len(server.bodies) == asked, "what was answered is not asked again"
+
+
+@pytest.mark.parametrize("experiment", ["1x1"], indirect=True)
+def test_stopped_between_arms_it_ends_with_the_same_bytes(
+    experiment: Experiment, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What an arm has answered already is not written again."""
+    experiment.run(seeds=(42,), epochs=1)
+    undisturbed = {f: f.read_bytes() for f in sorted(experiment.out.rglob("*")) if f.is_file()}
+    shutil.rmtree(experiment.out)
+
+    def tiring(tuner: Any, groups: Any, seed: int, folder: Path) -> Any:
+        if folder.parent.name == "seed+kept":
+            raise Stopped("SIGTERM")
+        return tune(tuner, groups, seed, folder)
+
+    monkeypatch.setattr(module, "tune", tiring)
+    with pytest.raises(Stopped):
+        experiment.run()
+    written = experiment.out / "arms/seed+random/model_outputs.json"
+    before = written.stat().st_mtime_ns
+    monkeypatch.setattr(module, "tune", tune)
+    experiment.run()
+    assert written.stat().st_mtime_ns == before
+    assert {f: f.read_bytes() for f in sorted(experiment.out.rglob("*")) if f.is_file()} == undisturbed
 
 
 @pytest.mark.parametrize("experiment", ["1x1"], indirect=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,17 @@ import pytest
 from jax.sharding import Mesh
 
 from fac_jax.backbone.weights import Loaded, load_backbone
-from fac_jax.config import BackboneConfig, Config, DataSet, FinetuneConfig, JudgeConfig, LoraConfig, MeshConfig, Source
+from fac_jax.config import (
+    BackboneConfig,
+    Config,
+    DataSet,
+    FinetuneConfig,
+    JudgeConfig,
+    LoraConfig,
+    MeshConfig,
+    RunConfig,
+    Source,
+)
 from fac_jax.downstream import reward as module
 from fac_jax.downstream.encode import encode_answer, encode_examples
 from fac_jax.downstream.evaluate import bootstrap_mean
@@ -22,6 +33,8 @@ from fac_jax.downstream.head import fit_pairs
 from fac_jax.downstream.published import Example
 from fac_jax.downstream.reward import wins
 from fac_jax.errors import UserError
+from fac_jax.pipeline import pipeline
+from fac_jax.runs import Record, Run, Stage
 from fac_jax.text import Turn
 from tests.backbone.test_model import CASES, hugging_face
 
@@ -145,6 +158,28 @@ def test_made_again_it_writes_the_same_bytes(experiment: Experiment) -> None:
 
 
 @pytest.mark.parametrize("experiment", ["1x1"], indirect=True)
+def test_as_a_stage_it_is_made_once_and_again_where_a_pair_changes(experiment: Experiment) -> None:
+    def written(config: Config, out: Path, inputs: Any) -> dict[str, Any]:
+        for name in ("kept", "random"):
+            shutil.copy(experiment.folder / f"{name}.jsonl", out)
+        return {}
+
+    def made() -> Record:
+        run_dir = RunConfig(dir=str(experiment.folder / "run"))
+        config = dataclasses.replace(experiment.config, run=run_dir)
+        stages = pipeline(config)
+        stages["synthesis"] = Stage("synthesis", "synthesis", "synthesize", written, dict)
+        with Run(config) as run:
+            run.execute(stages["synthesis"], stages)
+            return run.execute(stages["finetune"], stages)
+
+    first = made()
+    assert set(first.summary["accuracy"]) == set(ARMS) and first == made()
+    experiment.write("heldout", [row(n) for n in range(50, 60)])
+    assert made().summary["pairs"] == 10
+
+
+@pytest.mark.parametrize("experiment", ["1x1"], indirect=True)
 def test_a_held_out_pair_stops_the_run(experiment: Experiment) -> None:
     experiment.write("kept", [row(8), {**row(9), "prompt": "Q60."}])
     with pytest.raises(UserError, match=r"kept\.jsonl:2, there heldout\.jsonl:11"):
@@ -207,6 +242,16 @@ def test_a_text_without_a_template_ends_too(tmp_path: Path, mesh_1x1: Mesh) -> N
     text = encode_answer(Example((Turn("user", "one"),), ("two",), None, "here"), "two", tokenizer)
     assert tokenizer.decode(text.ids_t) == "one\n\ntwo<|end|>"
     assert tokenizer.decode(text.ids_t[text.learned_t]) == "two<|end|>"
+
+
+def test_a_template_that_refuses_a_conversation_names_the_row(tmp_path: Path, mesh_1x1: Mesh) -> None:
+    """Some want a user's turn first, which answers to nothing lack."""
+    tokenizer = loaded_tiny(tmp_path, mesh_1x1).tokenizer
+    tokenizer.chat_template = "{{ raise_exception('roles must alternate') }}"
+    with pytest.raises(
+        UserError, match=r"pairs:3: the chat template refuses turns of assistant \(roles must alternate\)"
+    ):
+        encode_examples([Example((), ("a", "b"), None, "pairs:3")], tokenizer, 32, "end")
 
 
 def test_a_head_finds_what_scikit_learn_finds() -> None:
