@@ -37,6 +37,7 @@ from fac_jax.llm.ledger import guessed_tokens, price, read_ledger, sum_of
 from fac_jax.pipeline import compares_outputs, pipeline
 from fac_jax.runs import Run
 from fac_jax.scan.product import load_scan, load_scans
+from fac_jax.study.rivals import MOST
 from fac_jax.synthesis import contrast
 from fac_jax.synthesis.generations import write_all
 from fac_jax.synthesis.plan import make_plan
@@ -107,6 +108,8 @@ def estimates(config: Config, wanted: Sequence[str]) -> list[Estimate]:
                 f"{config.finetune.outputs_for}, which are not counted"
             )
             found.append(Estimate(name, [], 0, 0, "done" if done else note))
+        if name == "study:texts":
+            found.append(Estimate(name, [], 0, 0, _study_note(config)))
         if name not in ASKING or not _asks(config, name):
             continue
         if run.state(stages[name], stages)[0] == "done":
@@ -145,6 +148,15 @@ def estimate(config: Config, name: str, out: Path, inputs: Mapping[str, Path], c
         cached = len(cache.get(keys(identity, [chat_body(model, request) for request in requests])))
     later = len(requests) if collector.later is None else collector.later
     return Estimate(name, requests, cached, later)
+
+
+def _study_note(config: Config) -> str:
+    settings, most = config.synthesize, max(config.study.budgets)
+    of_a_feature = 3 * (settings.candidates + settings.second_step)
+    return (
+        f"writes {of_a_feature} texts at most for each feature and {MOST * most:,} for each of self-instruct and "
+        f"evol-instruct, {config.study.pools} times, which are not counted"
+    )
 
 
 def _asks(config: Config, name: str) -> bool:

@@ -10,7 +10,7 @@ import pytest
 from rich.console import Console
 
 from fac_jax import dry_run
-from fac_jax.config import Config, ExplainConfig, JudgeConfig, LlmConfig, RunConfig, load_config
+from fac_jax.config import Config, ExplainConfig, JudgeConfig, LlmConfig, RunConfig, StudyConfig, load_config
 from fac_jax.dry_run import estimate, estimates, table
 from fac_jax.errors import UserError
 from fac_jax.llm.cache import open_cache
@@ -115,3 +115,15 @@ def test_comparing_what_arms_answer_is_said_and_not_counted(tmp_path: Path) -> N
     assert found.note.startswith("compares the arms' answers: 6 questions at most for each instruction of data.asked")
     silent = dataclasses.replace(config.finetune, outputs_for=None)
     assert estimates(dataclasses.replace(config, finetune=silent), ["finetune"]) == []
+
+
+def test_a_study_says_how_much_it_writes_at_most(tmp_path: Path) -> None:
+    config = Config(
+        run=RunConfig(dir=str(tmp_path)),
+        llm=LlmConfig(url="http://127.0.0.1:9/v1", cache=False),
+        study=StudyConfig(budgets=(10, 20), pools=2),
+    )
+    (found,) = estimates(config, ["study:texts"])
+    assert found.requests == [] and found.note.startswith(
+        "writes 24 texts at most for each feature and 100 for each of self-instruct and evol-instruct, 2 times"
+    )
