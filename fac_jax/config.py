@@ -145,6 +145,9 @@ class DataSet:
 
     sources: tuple[Source, ...] = ()
     """Where the documents come from, in this order."""
+    without: tuple[Source, ...] = ()
+    """Documents of these sources are left out, in whatever case and punctuation: what is held out must not be trained
+    on. Their words are held in memory."""
     unique: bool = True
     """A document seen twice counts once. Its id is remembered for it, 0.1 GB a million documents; false for a corpus of
     any size that holds none twice: memory then does not depend on it."""

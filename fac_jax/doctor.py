@@ -66,7 +66,8 @@ def _model(config: Config) -> str:
 
 
 def _data(config: Config, name: str) -> str:
-    files = [file for source in config.data[name].sources for file in resolve(source.path)]
+    dataset = config.data[name]
+    files = [file for source in (*dataset.sources, *dataset.without) for file in resolve(source.path)]
     return f"{len(files)} files, {sum(file.size for file in files) / 2**20:,.2f} MiB"
 
 

@@ -30,7 +30,7 @@ from fac_jax.features.explain import explain, generation_features
 from fac_jax.features.judge import judge
 from fac_jax.features.scores.prompts import shared_digest
 from fac_jax.features.task import load_task
-from fac_jax.plain import digest
+from fac_jax.plain import digest, to_plain
 from fac_jax.report.page import report
 from fac_jax.runs import Record, Run, Stage, fingerprint, read_record
 from fac_jax.sae.formats.source import fingerprints
@@ -311,8 +311,11 @@ def _report_settings(config: Config) -> dict[str, Any]:
 def data_fingerprint(config: Config, name: str) -> dict[str, Any]:
     """A data set's settings and the fingerprints of its files."""
     dataset: DataSet = config.dataset(name)
-    files = {source.path: corpus_fingerprints(source.path) for source in dataset.sources}
-    return {"name": name, "settings": dataset, "files": files}
+    read = {source.path for source in (*dataset.sources, *dataset.without)}
+    settings = to_plain(dataset)
+    if not dataset.without:  # products from before there was such a setting stay what they are
+        del settings["without"]
+    return {"name": name, "settings": settings, "files": {path: corpus_fingerprints(path) for path in sorted(read)}}
 
 
 def model_fingerprint(source: str) -> str | list[str]:

@@ -15,7 +15,7 @@ import logging
 import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import PurePosixPath
 from typing import Any, TypeVar
@@ -26,6 +26,7 @@ import pyarrow.parquet as pq
 from fac_jax.config import DataSet, Source, suggest
 from fac_jax.corpus_files import CorpusFile, resolve
 from fac_jax.errors import UserError, first_line
+from fac_jax.words import words
 
 T = TypeVar("T")
 log = logging.getLogger(__name__)
@@ -77,10 +78,15 @@ def read_documents(dataset: DataSet, name: str, skipped: list[str] | None = None
     """Documents of a data set in file order, each content once (unless `unique` is false).
 
     A malformed row raises UserError with its file and row, or with `on_bad_row: skip` is logged, appended to `skipped`
-    and left out. Raises UserError when nothing is left.
+    and left out. What is in `without`, word for word, is left out and counted in the log. Raises UserError when nothing
+    is left.
     """
     seen: set[str] = set()
-    found = False
+    apart: set[str] = set()
+    if dataset.without:
+        other = replace(dataset, sources=dataset.without, without=(), sample=1.0, unique=True)
+        apart = {words(document.text) for document in read_documents(other, f"{name}.without", skipped)}
+    found, left_out = False, 0
     for source in dataset.sources:
         taken = 0
         parse = partial(_row_document, source=source)
@@ -92,11 +98,16 @@ def read_documents(dataset: DataSet, name: str, skipped: list[str] | None = None
                 continue
             if document_hash(document.id, "sample") >= dataset.sample or document.id in seen:
                 continue
+            if apart and words(document.text) in apart:
+                left_out += 1
+                continue
             if dataset.unique:
                 seen.add(document.id)
             found = True
             taken += 1
             yield document
+    if left_out:
+        log.info("data.%s: %d documents left out, which data.%s.without holds", name, left_out, name)
     if not found:
         raise UserError(
             f"data.{name} has no documents: {', '.join(s.path for s in dataset.sources) or 'it lists no sources'} "

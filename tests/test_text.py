@@ -194,3 +194,34 @@ def test_only_corpora_that_are_soon_read_are_counted(tmp_path: Path, monkeypatch
     assert count_documents(replace(data, on_bad_row="skip"), "x") is None
     monkeypatch.setattr(text, "COUNTED_BYTES", 10)
     assert count_documents(data, "x") is None
+
+
+def test_what_is_held_out_is_left_out_in_any_spelling(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    files = {"all": ["One two.", "three FOUR", "five", "!!", "??"], "held": ["one, two", "Three four!", "!!"]}
+    for name, texts in files.items():
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(json.dumps({"text": one}) for one in texts))
+    every, held = (Source(path=str(tmp_path / f"{name}.jsonl")) for name in files)
+    dataset = DataSet(sources=(every,), without=(held,))
+    with caplog.at_level("INFO", "fac_jax.text"):
+        assert [one.text for one in read_documents(dataset, "mine")] == ["five", "??"]
+    assert "data.mine: 3 documents left out" in caplog.text
+    limited = replace(dataset, sources=(replace(every, limit=1),))
+    assert [one.text for one in read_documents(limited, "mine")] == ["five"], "what is left out does not count"
+    assert [one.text for one in read_documents(replace(dataset, without=()), "mine")] == files["all"]
+    with pytest.raises(UserError, match=r"data\.mine\.without has no documents"):
+        list(read_documents(replace(dataset, without=(replace(held, split=(0.0, 1e-9)),)), "mine"))
+
+
+def test_half_of_a_source_without_the_other_shares_no_words_with_it(tmp_path: Path) -> None:
+    random = np.random.default_rng(0)
+    texts = [" ".join(random.choice(list("abc"), 3)) for _ in range(200)]
+    spelled = [text.upper() if random.random() < 0.5 else f"{text}." for text in texts]
+    (tmp_path / "all.jsonl").write_text("\n".join(json.dumps({"text": one}) for one in spelled))
+    training = Source(path=str(tmp_path / "all.jsonl"), split=(0.0, 0.5))
+    heldout = DataSet(sources=(replace(training, split=(0.5, 1.0)),), without=(training,))
+    one, other = (
+        {document.text.lower().rstrip(".") for document in read_documents(dataset, "set")}
+        for dataset in (DataSet(sources=(training,)), heldout)
+    )
+    whole = {d.text.lower().rstrip(".") for d in read_documents(replace(heldout, without=()), "set")}
+    assert one and other and not one & other and one & whole

@@ -16,10 +16,11 @@ from typing import Any, TypeVar
 from fac_jax.config import Config, DataSet, Source
 from fac_jax.downstream.lora import save_peft
 from fac_jax.downstream.pieces import Group
-from fac_jax.downstream.published import Example, Kind, Read, read_examples, words
+from fac_jax.downstream.published import Example, Kind, Read, read_examples
 from fac_jax.downstream.tune import Learned, Tuner, tune
 from fac_jax.errors import UserError
 from fac_jax.packing import check_fits
+from fac_jax.words import words
 
 T = TypeVar("T")
 COMPARED = (("seed+kept", "seed"), ("seed+random", "seed"), ("seed+kept", "seed+random"))

@@ -21,14 +21,14 @@ import hashlib
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from typing import Any, Literal
 
 from fac_jax.config import DataSet, FinetuneConfig
 from fac_jax.errors import UserError
-from fac_jax.synthesis.words import normalised
 from fac_jax.text import ASSISTANT, USER, Turn, document_hash, parsed_rows
+from fac_jax.words import words
 
 Kind = Literal["pair", "instruction", "prompt"]
 """What a row must hold: two answers, one, or none."""
@@ -82,16 +82,15 @@ class Read:
     """Malformed rows that were left out, each with its place."""
 
 
-def words(text: str) -> str:
-    """What is compared of a text: its words, or all of it where it has none."""
-    return normalised(text) or text.strip()
-
-
 def read_examples(dataset: DataSet, kind: Kind, named: FinetuneConfig) -> Read:
     """Rows of a data set in file order, under its split, sample and limits. Raises UserError for a malformed row."""
     found: dict[str, Example] = {}
     skipped: list[str] = []
     duplicates = 0
+    apart = set[str]()
+    if dataset.without:
+        other = replace(dataset, sources=dataset.without, without=(), sample=1.0)
+        apart = {one.asked or one.answered for one in read_examples(other, kind, named).examples}
     for source in dataset.sources:
         taken, (low, high) = 0, source.split
         parse = partial(read_row, kind=kind, named=named)
@@ -100,6 +99,8 @@ def read_examples(dataset: DataSet, kind: Kind, named: FinetuneConfig) -> Read:
                 break
             key = one.asked or one.answered
             if not low <= document_hash(key, "split") < high or document_hash(key, "sample") >= dataset.sample:
+                continue
+            if key in apart:
                 continue
             if dataset.unique and one.id in found:
                 duplicates += 1

@@ -29,8 +29,8 @@ from fac_jax.study.rivals import Writing, check_seeds, evol_instruct, self_instr
 from fac_jax.synthesis.ablation import Bench, missing_at, open_bench, write_arm
 from fac_jax.synthesis.generations import Generation, Sampling, read_log
 from fac_jax.synthesis.synthesize import Written
-from fac_jax.synthesis.words import normalised
 from fac_jax.text import POSITIVE_ABOVE
+from fac_jax.words import normalised
 
 RIVALS = {"self-instruct": self_instruct, "evol-instruct": evol_instruct}
 IN_ORDER = ("one step", "two steps", "random features", "selection")

@@ -21,7 +21,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from fac_jax.features.task import SampleShape
-from fac_jax.synthesis.words import normalised
+from fac_jax.words import normalised
 
 Fields = Mapping[str, str | list[dict[str, str]]]
 LONGER = 2.0

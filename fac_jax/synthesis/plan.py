@@ -23,8 +23,8 @@ from fac_jax.scan.product import Scan
 from fac_jax.synthesis.contrast import Target
 from fac_jax.synthesis.generations import Sampling
 from fac_jax.synthesis.prompt import Example, Prompt, load_prompt
-from fac_jax.synthesis.words import normalised
 from fac_jax.text import POSITIVE_ABOVE
+from fac_jax.words import normalised
 
 EXAMPLE_WORDS = 24
 """Anchor texts of at most so many words are shown whole; of longer ones, the sentence with the activating token."""

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field, replace
 
 from fac_jax.features.task import SampleShape
 from fac_jax.synthesis.forms import READERS, Fields
-from fac_jax.synthesis.words import normalised
+from fac_jax.words import normalised
 
 NEAR_DUPLICATE = 0.7
 """Two texts with this share of common three-word runs (Jaccard) are one."""

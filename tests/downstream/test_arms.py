@@ -13,9 +13,10 @@ from hypothesis import strategies as st
 
 from fac_jax.config import BackboneConfig, Config, DataSet, FinetuneConfig, Source
 from fac_jax.downstream.arms import check_apart, check_disjoint, check_texts_disjoint, read_arms, read_outputs_for
-from fac_jax.downstream.published import Example, Kind, words
+from fac_jax.downstream.published import Example, Kind
 from fac_jax.errors import UserError
 from fac_jax.text import Turn
+from fac_jax.words import words
 
 TEXT = st.text(alphabet="abAB ?!.\u00e9\u0301\uff41", min_size=1, max_size=4).filter(lambda text: text.strip() != "")
 

@@ -11,9 +11,10 @@ import pyarrow.parquet as pq
 import pytest
 
 from fac_jax.config import DataSet, FinetuneConfig, Source
-from fac_jax.downstream.published import Kind, read_examples, read_row, words
+from fac_jax.downstream.published import Kind, read_examples, read_row
 from fac_jax.errors import UserError
 from fac_jax.text import Turn, read_documents
+from fac_jax.words import words
 
 NONE = FinetuneConfig()
 NAMED = FinetuneConfig(prompt="question", answer="honest", rejected="deceptive")
@@ -227,3 +228,13 @@ def test_toxicchat_is_a_labelled_source(tmp_path: Path) -> None:
 def test_a_worse_answer_alone_is_refused() -> None:
     with pytest.raises(UserError, match="finetune.rejected is 'bad' without finetune.answer"):
         FinetuneConfig(rejected="bad")
+
+
+def test_held_out_pairs_are_left_out_in_any_spelling(tmp_path: Path) -> None:
+    rows = [{"prompt": f"Say {n}.", "chosen": "yes", "rejected": "no"} for n in range(4)]
+    held = [{"prompt": "say 2", "chosen": "well", "rejected": "badly"}]
+    for name, some in (("all", rows), ("held", held)):
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, some)))
+    every, other = (Source(path=str(tmp_path / f"{name}.jsonl")) for name in ("all", "held"))
+    found = read_examples(DataSet(sources=(every,), without=(other,)), "pair", FinetuneConfig())
+    assert [one.prompt[0].content for one in found.examples] == ["Say 0.", "Say 1.", "Say 3."]

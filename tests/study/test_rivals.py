@@ -14,7 +14,7 @@ from fac_jax.llm.fake import FakeGenerator
 from fac_jax.study import rivals
 from fac_jax.study.rivals import Writing, check_seeds, evol_instruct, self_instruct
 from fac_jax.synthesis.generations import Sampling
-from fac_jax.synthesis.words import normalised
+from fac_jax.words import normalised
 
 WORDS = [f"word{n}" for n in range(400)]
 SEEDS = [" ".join(WORDS[start : start + 8]) for start in range(0, 80, 8)]

@@ -16,7 +16,7 @@ from fac_jax.synthesis.samples import (
     reasons,
     without_copies,
 )
-from fac_jax.synthesis.words import normalised
+from fac_jax.words import normalised
 
 SHAPE = SampleShape(min_turns=1, max_turns=3, min_words=5, max_words=60, label=1.0)
 PLAIN = "you people should all go back to where you came from"
