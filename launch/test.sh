@@ -4,7 +4,7 @@
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/install.sh"
 cd "$ROOT"
-fac_install "dev,torch,diversity" "$ROOT/launch/quickstart-data.txt" "$ROOT/launch/diversity-data.txt"
+fac_install "dev,torch,diversity" "$ROOT"/launch/{quickstart,tasks,science,diversity}-data.txt
 .venv/bin/ruff check fac_jax launch tests
 .venv/bin/ruff format --check fac_jax launch tests
 .venv/bin/mypy fac_jax

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from fac_jax.config import load_config
-from fac_jax.pipeline import pipeline
+from fac_jax.config import Source, StudyConfig, load_config
+from fac_jax.pipeline import data_fingerprint, pipeline
 from fac_jax.plain import digest
 from fac_jax.runs import RECORD, Record, Stage, read_record
 
@@ -134,6 +134,36 @@ def test_what_is_trained_goes_by_the_task() -> None:
     assert marked("helpfulness") == marked("helpfulness", url="http://a/v1"), "it asks nobody"
     assert marked("instruction_following") != marked("instruction_following", url="http://a/v1")
     assert marked("helpfulness", heldout="pairs") != marked("helpfulness")
+
+
+def test_a_study_is_written_scanned_and_measured_and_each_is_made_of_what_it_reads() -> None:
+    config = load_config(ROOT / "configs/science_toxicity.yaml")
+    assert not [name for name in pipeline(replace(config, study=StudyConfig())) if "study" in name]
+    names = ("study:texts", "scan:study_texts", "study")
+    assert set(names) <= set(pipeline(config)) and "study" in pipeline(config)["report"].inputs
+
+    def settings(**changes: object) -> dict[str, str]:
+        stages = pipeline(replace(config, study=replace(config.study, **changes)))  # type: ignore[arg-type]
+        return {name: digest(stages[name].settings) for name in names}
+
+    before = settings()
+    for change in ({"seeds": (42, 43, 44, 9)}, {"lora_seeds": (42,)}, {"budgets": (10, 100, 200)}):
+        after = settings(**change)
+        assert {name for name in names if after[name] != before[name]} == {"study"}, "the same texts serve"
+    after = settings(budgets=(25, 100, 300))
+    assert after["study:texts"] != before["study:texts"], "more are written"
+
+
+def test_a_data_set_without_another_is_made_of_both(tmp_path: Path) -> None:
+    config = load_config(ROOT / "configs/science_toxicity.yaml")
+    (tmp_path / "held.jsonl").write_text('{"text": "one"}')
+    before = data_fingerprint(config, "anchor")
+    assert "without" not in before["settings"], "products from before there was such a setting stay what they are"
+    held = Source(path=str(tmp_path / "held.jsonl"))
+    changed = replace(config, data={**config.data, "anchor": replace(config.dataset("anchor"), without=(held,))})
+    found = data_fingerprint(changed, "anchor")
+    (tmp_path / "held.jsonl").write_text('{"text": "two!"}')
+    assert len({digest(one) for one in (before, found, data_fingerprint(changed, "anchor"))}) == 3
 
 
 def test_every_stage_is_done_and_the_report_is_there(undisturbed: Path) -> None:
