@@ -789,8 +789,12 @@ class StudyConfig:
     """Budgets at which adapters are trained beside heads: a head takes seconds, adapters minutes on a CPU."""
     lora_seeds: tuple[int, ...] = (42, 43, 44)
     """Seeds with which they are trained."""
-    lora: FinetuneConfig = FinetuneConfig(method="lora", epochs=3, learning_rate=5e-5, batch=16)
-    """How they are trained (paper: rank 8, 3 epochs, 5e-5, batches of 16); heads as `finetune` says."""
+    lora_epochs: int = 3
+    """Passes of adapters over the training set (paper: 3). All else of heads and adapters is as in `finetune`."""
+    lora_learning_rate: float = 5e-5
+    """AdamW's rate for adapters (paper: 5e-5)."""
+    lora_batch: int = 16
+    """Samples in a step of adapters (paper: 16)."""
 
     def __post_init__(self) -> None:
         check(all(budget >= 1 for budget in self.budgets), f"study.budgets is {list(self.budgets)}; each at least 1")
@@ -804,11 +808,10 @@ class StudyConfig:
             f"study.lora_budgets is {list(self.lora_budgets)} of study.budgets {list(self.budgets)}, study.lora_seeds "
             f"{list(self.lora_seeds)} of study.seeds {list(self.seeds)}; name only what is there",
         )
-        check(
-            self.lora.method == "lora",
-            f"study.lora.method is {self.lora.method}; a `lora:` of your own has to say all: method lora, epochs, "
-            "learning_rate, batch",
-        )
+        for name in ("lora_epochs", "lora_batch"):
+            check(getattr(self, name) >= 1, f"study.{name} is {getattr(self, name)}; it must be at least 1")
+        rate = self.lora_learning_rate
+        check(0 < rate < math.inf, f"study.lora_learning_rate is {rate}; it must be above 0 and finite")
 
 
 @dataclass(frozen=True)

@@ -77,6 +77,11 @@ def stage(config: Config, verb: str, options: dict[str, str]) -> None:
                 "fac sweep has nothing to train: say --sweep.k, --sweep.features, --sweep.variants, --sweep.layers or "
                 "--sweep.seeds"
             )
+        if verb == "study":
+            raise UserError(
+                "fac study has nothing to compare: say --study.budgets 25 50 100 200, or take "
+                "configs/science_toxicity.yaml"
+            )
         if verb == "finetune":
             raise UserError(
                 f"fac finetune has nothing to train for task {config.judge.task!r}: set finetune.train and "

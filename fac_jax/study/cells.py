@@ -2,7 +2,7 @@
 
 Coverage and diversity are of the whole training set, the seed's documents included, as detection is; the target hit
 rate is of what was added, of the features that the seed misses. Each cell's figures and scores are kept as soon as
-they are there: a stopped study goes on behind them.
+they are there: a stopped study goes on behind them, and adapters serve another study of the run directory too.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import numpy as np
 from jaxtyping import Float
 
 from fac_jax.backbone.weights import load_backbone
-from fac_jax.config import Config
+from fac_jax.config import Config, FinetuneConfig
 from fac_jax.coverage import fac as arithmetic
 from fac_jax.diversity import measure, syntax
 from fac_jax.downstream.classifier import groups_of, head_scores
@@ -26,10 +26,13 @@ from fac_jax.downstream.evaluate import auprc, auroc
 from fac_jax.downstream.tune import Tuner, make_tuner, score_texts, tune
 from fac_jax.errors import UserError
 from fac_jax.mesh import make_mesh
+from fac_jax.plain import digest
 from fac_jax.runs import write_text
 from fac_jax.study.library import Library, Rows, documents_of
 
 SEED_ALONE = "seed"
+ADAPTERS = "adapters"
+"""Folder beside the product: what took minutes is used again when another study asks for it."""
 METRICS = ("fac", "target_hit_rate", *(metric.name for metric in measure.METRICS))
 """What may go with detection."""
 
@@ -79,6 +82,13 @@ def measure_cells(library: Library, out: Path) -> list[Outcome]:
         replace(one, scores={**one.scores, **({"lora": tuned[cell]} if cell in tuned else {})})
         for cell, one in measured.items()
     ]
+
+
+def adapter_settings(config: Config) -> FinetuneConfig:
+    """How adapters are trained."""
+    study = config.study
+    changed = {"epochs": study.lora_epochs, "learning_rate": study.lora_learning_rate, "batch": study.lora_batch}
+    return replace(config.finetune, method="lora", **changed)  # type: ignore[arg-type]
 
 
 def detection(library: Library, scores_n: Float[np.ndarray, " n"]) -> dict[str, float]:
@@ -140,18 +150,29 @@ def _measured(library: Library, cell: Cell, out: Path) -> Outcome:
 def _tuned(library: Library, out: Path) -> dict[Cell, Float[np.ndarray, " n"]]:
     """Scores of the held-out documents by adapters and head."""
     asked = cells(library.config, lora=True)
-    files = {cell: out / "adapters" / f"{cell.name}.json" for cell in asked}
+    folder = out.parent / ADAPTERS
+    files = {cell: folder / f"{cell.name}-{_adapter_key(library, cell)}.json" for cell in asked}
     todo = [cell for cell in asked if not files[cell].exists()]
     tuner = _tuner(library) if todo else None
     for cell in todo:
         assert tuner is not None
-        folder = out / "adapters" / cell.name
-        examples = library.take(np.concatenate([library.seed, _added(library, cell)]))
-        learned = tune(tuner, groups_of(examples), cell.seed, folder)
+        training, state = (
+            library.take(np.concatenate([library.seed, _added(library, cell)])),
+            files[cell].with_suffix(""),
+        )
+        learned = tune(tuner, groups_of(training), cell.seed, state)
         scores_n = score_texts(tuner, learned, groups_of(library.heldout))[:, 0]
         _keep(files[cell], {"scores": scores_n.tolist()})
-        shutil.rmtree(folder)
+        shutil.rmtree(state)
     return {cell: np.array(json.loads(file.read_text(encoding="utf-8"))["scores"]) for cell, file in files.items()}
+
+
+def _adapter_key(library: Library, cell: Cell) -> str:
+    """Of all that decides what the adapters of a cell learn and score."""
+    training = library.take(np.concatenate([library.seed, _added(library, cell)]))
+    settings = replace(adapter_settings(library.config), seeds=())
+    documents = [training.ids, training.positive_n.tolist(), library.heldout.ids]
+    return digest([settings, cell.seed, documents, library.model, library.config.backbone.dtype])
 
 
 def _tuner(library: Library) -> Tuner:
@@ -161,7 +182,7 @@ def _tuner(library: Library) -> Tuner:
         raise UserError(
             f"the scans were made with model {library.model}, {config.backbone.model} is {loaded.digest}: scan again"
         )
-    return make_tuner(loaded, "classifier", config.study.lora, config.backbone)
+    return make_tuner(loaded, "classifier", adapter_settings(config), config.backbone)
 
 
 def _keep(file: Path, told: Mapping[str, Any]) -> None:

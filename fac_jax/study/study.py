@@ -2,7 +2,8 @@
 
 Reads the scans of the seed, the anchor, the held-out set and of what the arms wrote (`texts.py`), and relevance.
 Writes
-- `heads/`, `adapters/`: every cell's figures and its scores of the held-out documents, as soon as they are there;
+- `heads/`, and `adapters/` beside the product: every cell's figures and its scores of the held-out documents, as soon
+  as they are there;
 - `cells.parquet`: a row a cell: arm, budget, seed, documents added, every figure, AUPRC and AUROC of head and adapters;
 - `study.json`: means over seeds with 95% intervals (Student's t), what each arm gains over the seed alone with a 95%
   interval over held-out documents (paired bootstrap), and the correlations of every metric with AUPRC.

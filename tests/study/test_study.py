@@ -32,7 +32,7 @@ from fac_jax.llm.fake import FakeGenerator
 from fac_jax.mesh import make_mesh
 from fac_jax.scan.scan import scan
 from fac_jax.study import cells as cells_module
-from fac_jax.study.cells import cells
+from fac_jax.study.cells import adapter_settings, cells
 from fac_jax.study.library import documents_of, read_library
 from fac_jax.study.study import study
 from fac_jax.study.texts import read_arms, write_texts
@@ -59,9 +59,9 @@ class World:
     folder: Path
     generator: FakeGenerator
 
-    def run(self, name: str = "study", **settings: Any) -> dict[str, Any]:
-        out = self.folder / name
-        out.mkdir(exist_ok=True)
+    def run(self, name: str = "cells", **settings: Any) -> dict[str, Any]:
+        out = self.folder / "study" / name
+        out.mkdir(parents=True, exist_ok=True)
         config = replace(self.config, study=replace(self.config.study, **settings))
         study(config, out, self.inputs)
         return json.loads((out / "study.json").read_text())
@@ -143,10 +143,10 @@ def test_detection_is_that_of_the_scores_that_were_kept(world: World):
     library = read_library(world.config, world.inputs)
     found = []
     for seed in STUDY.seeds:
-        told = json.loads((world.folder / "study" / "heads" / f"selection-6-seed-{seed}.json").read_text())
+        told = json.loads((world.folder / "study" / "cells" / "heads" / f"selection-6-seed-{seed}.json").read_text())
         found.append(average_precision_score(library.heldout.positive_n, told["scores"]))
     assert line["auprc_head"]["mean"] == pytest.approx(np.mean(found))
-    rows = pq.read_table(world.folder / "study" / "cells.parquet").to_pylist()
+    rows = pq.read_table(world.folder / "study" / "cells" / "cells.parquet").to_pylist()
     assert len(rows) == 15 * 2
     assert [row["auprc_head"] for row in rows if (row["arm"], row["budget"]) == ("selection", 6)] == pytest.approx(
         found
@@ -179,22 +179,26 @@ def test_a_stopped_study_goes_on_behind_what_is_there(world: World, monkeypatch:
 def test_adapters_are_trained_where_they_are_asked_for(world: World, monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     write_model(tmp_path / "model", vocab_size=max(260, len(WORDS)))
     loaded = load_backbone(str(tmp_path / "model"), None, "float32", make_mesh(MeshConfig(data=1, feature=1)))
-    lora = FinetuneConfig(method="lora", epochs=2, batch=4, learning_rate=1e-2)
+    lora = {"lora_budgets": (0, 6), "lora_epochs": 2, "lora_batch": 4, "lora_learning_rate": 1e-2}
     geometry = BackboneConfig(rows_per_batch=2, row_tokens=128)
     made: list[int] = []
 
     def tuner(library: Any) -> Any:
         made.append(1)
-        return make_tuner(loaded, "classifier", lora, geometry)
+        return make_tuner(loaded, "classifier", adapter_settings(library.config), geometry)
 
     monkeypatch.setattr(cells_module, "_tuner", tuner)
-    product = world.run(lora_budgets=(0, 6), lora=lora)
+    product = world.run(**lora)
     there = {(line["arm"], line["budget"]) for line in product["cells"] if line["auprc_lora"] is not None}
     assert there == {("seed", 0), *((arm, 6) for arm in STUDY.arms)}
     assert product["correlations"]["lora"]["fac"]["pearson"]["cells"] == 8
     adapters = world.folder / "study" / "adapters"
     assert sorted(file.suffix for file in adapters.iterdir()) == [".json"] * 8, "no checkpoint stays behind"
-    assert world.run(lora_budgets=(0, 6), lora=lora) == product and len(made) == 1
+    assert world.run(**lora) == product and len(made) == 1
+    assert world.run("fewer", **lora, arms=("two steps",))["cells"][0] == product["cells"][0]
+    assert len(made) == 1, "adapters that are there serve another study"
+    world.run("slower", **{**lora, "lora_budgets": (0,), "lora_learning_rate": 1e-3})
+    assert len(made) == 2 and len(list(adapters.iterdir())) == 9
 
 
 def test_cells_are_listed_once():
@@ -234,7 +238,8 @@ def test_a_held_out_set_of_one_class_is_refused(world: World):
         ({"budgets": (5,), "lora_budgets": (6,)}, "lora_budgets"),
         ({"budgets": (5,), "lora_seeds": (1,)}, "lora_seeds"),
         ({"pools": 0}, "pools"),
-        ({"lora": FinetuneConfig()}, "method"),
+        ({"lora_epochs": 0}, "lora_epochs"),
+        ({"lora_learning_rate": 0.0}, "lora_learning_rate"),
     ],
 )
 def test_a_study_that_cannot_be_is_refused(settings: dict[str, Any], said: str):
