@@ -24,13 +24,14 @@ from fac_jax.corpus_files import local_files
 from fac_jax.coverage.measure import coverage, evaluate
 from fac_jax.coverage.select import select
 from fac_jax.diversity.measure import diversity, models, reference
+from fac_jax.downstream.equal_norm import behaviour_of
 from fac_jax.downstream.finetune import finetune
 from fac_jax.downstream.steering import steer
 from fac_jax.features.explain import explain, generation_features
 from fac_jax.features.judge import judge
 from fac_jax.features.scores.prompts import shared_digest
 from fac_jax.features.task import load_task
-from fac_jax.plain import digest
+from fac_jax.plain import digest, to_plain
 from fac_jax.report.page import report
 from fac_jax.runs import Record, Run, Stage, fingerprint, read_record
 from fac_jax.sae.formats.source import fingerprints
@@ -227,8 +228,13 @@ def _synthesis_settings(config: Config) -> dict[str, Any]:
 
 
 def _steering_settings(config: Config) -> dict[str, Any]:
+    """What other runs kept counts, where they are asked for; their directories alone do not say it."""
     files = corpus_fingerprints(str(config.steer.heldout))
-    return {"steer": config.steer, "questions": files, **_backbone(config)}
+    steer = {name: value for name, value in to_plain(config.steer).items() if name != "equal_norm_with"}
+    settings = {"steer": steer, "questions": files, **_backbone(config)}
+    others = [behaviour_of(run) for run in config.steer.equal_norm_with]
+    said = {one.run: {"task": one.task, "model": one.model, "kept": one.digest} for one in others}
+    return {**settings, "equal_norm_with": said} if others else settings
 
 
 def _finetune_settings(config: Config) -> dict[str, Any]:
