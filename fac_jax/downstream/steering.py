@@ -48,7 +48,7 @@ from fac_jax.mesh import make_mesh
 from fac_jax.runs import write_text, writing
 
 TOGETHER = 32
-"""Questions whose answers are read at once."""
+"""Questions whose answers are read at once, at most."""
 ANSWERS = pa.schema(
     {
         "arm": pa.string(), "seed": pa.int64(), "multiplier": pa.float32(), "question": pa.int64(),
@@ -189,15 +189,15 @@ def answer_logits(
         x_kbd = jax.lax.scan(step, (start_b, cache), tail_kb)[1]
         return logits(model, x_kbd[-1][:, None])[:, 0]
 
-    found = np.zeros((len(vectors), len(asked), 2), np.float32)
+    found, together = np.zeros((len(vectors), len(asked), 2), np.float32), min(TOGETHER, len(asked))
     tails = sorted({len(one.tail_t) for one in asked})
     for tail in tails:
         rows = sorted((n for n, one in enumerate(asked) if len(one.tail_t) == tail), key=lambda n: len(asked[n].body_t))
-        for first in range(0, len(rows), TOGETHER):
-            group = rows[first : first + TOGETHER]
+        for first in range(0, len(rows), together):
+            group = rows[first : first + together]
             size = padded_size(max(len(asked[n].body_t) for n in group) + tail)
-            body_bs, tail_kb = np.zeros((TOGETHER, size), np.int32), np.zeros((tail, TOGETHER), np.int32)
-            start_b = np.zeros(TOGETHER, np.int32)
+            body_bs, tail_kb = np.zeros((together, size), np.int32), np.zeros((tail, together), np.int32)
+            start_b = np.zeros(together, np.int32)
             for row, n in enumerate(group):
                 body_bs[row, : len(asked[n].body_t)], start_b[row] = asked[n].body_t, len(asked[n].body_t)
                 tail_kb[:, row] = asked[n].tail_t
