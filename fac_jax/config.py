@@ -833,6 +833,9 @@ class SteerConfig:
     """How much of the vector is added; -1, 0 and 1 must be among them (paper: -1 to 1)."""
     seeds: tuple[int, ...] = (42, 43, 44)
     """Each decides which choice of a sample is (A) when the vector is taken."""
+    equal_norm_with: tuple[str, ...] = ()
+    """Run directories of other behaviours, kept for the same model: the vector gets the mean norm of all of them, and
+    the other arms' vectors too. Empty: each keeps its own (paper: all behaviours of a layer)."""
 
     def __post_init__(self) -> None:
         check(

@@ -24,6 +24,7 @@ from fac_jax.corpus_files import local_files
 from fac_jax.coverage.measure import coverage, evaluate
 from fac_jax.coverage.select import select
 from fac_jax.diversity.measure import diversity, models, reference
+from fac_jax.downstream.equal_norm import behaviour_of
 from fac_jax.downstream.finetune import finetune
 from fac_jax.downstream.steering import steer
 from fac_jax.features.explain import explain, generation_features
@@ -242,8 +243,13 @@ def _synthesis_settings(config: Config) -> dict[str, Any]:
 
 
 def _steering_settings(config: Config) -> dict[str, Any]:
+    """What other runs kept counts, where they are asked for; their directories alone do not say it."""
     files = corpus_fingerprints(str(config.steer.heldout))
-    return {"steer": config.steer, "questions": files, **_backbone(config)}
+    steer = {name: value for name, value in to_plain(config.steer).items() if name != "equal_norm_with"}
+    settings = {"steer": steer, "questions": files, **_backbone(config)}
+    others = [behaviour_of(run) for run in config.steer.equal_norm_with]
+    said = {one.run: {"task": one.task, "model": one.model, "kept": one.digest} for one in others}
+    return {**settings, "equal_norm_with": said} if others else settings
 
 
 def compares_outputs(config: Config) -> bool:

@@ -52,6 +52,15 @@ def environment(devices: int) -> dict[str, str]:
     return os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
 
 
+def keeping_programs(folder: Path) -> dict[str, str]:
+    """Environment in which a process reads from `folder` what an earlier one has compiled, and compiles the rest."""
+    return {
+        "JAX_COMPILATION_CACHE_DIR": str(folder),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+    }
+
+
 def run_gang(
     folder: Path, *arguments: str, processes: int = 2, devices: int = 4, mishap: str = "none", patience_s: float = 60
 ) -> list[Ended]:
@@ -101,7 +110,8 @@ def _main() -> None:
             yield step, rows
             time.sleep(0.3 if kind == "term" else 0.02)  # JAX's preemption service takes about a second to agree
 
-    train.batches = watched  # type: ignore[assignment]
+    if where:
+        train.batches = watched  # type: ignore[assignment]
     sys.exit(cli.main(sys.argv[2:]))
 
 

@@ -17,6 +17,7 @@ from fac_jax.config import Source, StudyConfig, load_config
 from fac_jax.pipeline import data_fingerprint, pipeline
 from fac_jax.plain import digest
 from fac_jax.runs import RECORD, Record, Stage, read_record
+from tests.gang import keeping_programs
 
 ROOT = Path(__file__).parent.parent
 SMALL = (
@@ -35,9 +36,11 @@ def command(folder: Path, *more: str, verb: str = "run") -> list[str]:
     return [sys.executable, "-m", "fac_jax.cli", verb, quickstart, "--run.dir", str(folder), *SMALL, *more]
 
 
-def environment() -> dict[str, str]:
-    """One device, as on a laptop: eight fake ones would share two cores."""
-    return {**os.environ, "XLA_FLAGS": ""}
+@pytest.fixture(scope="module")
+def environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """One device, as on a laptop: eight fake ones would share two cores. Programs are compiled once for all runs; that
+    compiling them anew gives the same bytes, tests/activations/test_live.py and tests/sae/test_train.py show."""
+    return {**os.environ, "XLA_FLAGS": "", **keeping_programs(tmp_path_factory.mktemp("programs"))}
 
 
 def records(folder: Path) -> dict[str, Record]:
@@ -58,9 +61,9 @@ def bytes_of(folder: Path) -> dict[str, bytes]:
 
 
 @pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def undisturbed(tmp_path_factory: pytest.TempPathFactory, environment: dict[str, str]) -> Path:
     folder = tmp_path_factory.mktemp("undisturbed") / "run"
-    done = subprocess.run(command(folder), env=environment(), capture_output=True, text=True, timeout=280)
+    done = subprocess.run(command(folder), env=environment, capture_output=True, text=True, timeout=280)
     assert done.returncode == 0, done.stderr[-3000:]
     assert "report:" in done.stdout
     return folder
@@ -176,44 +179,46 @@ def test_every_stage_is_done_and_the_report_is_there(undisturbed: Path) -> None:
     assert by_set["seed"] <= by_set["seed+kept"] <= 1 and by_set["seed"] <= by_set["seed+random"] <= 1
 
 
-def test_run_again_does_nothing_and_another_threshold_only_what_follows(undisturbed: Path) -> None:
+def test_run_again_does_nothing_and_another_threshold_only_what_follows(
+    undisturbed: Path, environment: dict[str, str]
+) -> None:
     before = records(undisturbed)
-    subprocess.run(command(undisturbed), env=environment(), check=True, capture_output=True, timeout=120)
+    subprocess.run(command(undisturbed), env=environment, check=True, capture_output=True, timeout=120)
     assert records(undisturbed) == before
     more = ("--coverage.sweep", "0", "5")
-    subprocess.run(command(undisturbed, *more), env=environment(), check=True, capture_output=True, timeout=120)
+    subprocess.run(command(undisturbed, *more), env=environment, check=True, capture_output=True, timeout=120)
     after = records(undisturbed)
     remade = {name for name in after if after[name] != before[name]}
     assert remade == {"coverage", "evaluation", "report"}  # the missing features stayed the same, so synthesis did too
-    subprocess.run(command(undisturbed), env=environment(), check=True, capture_output=True, timeout=120)
+    subprocess.run(command(undisturbed), env=environment, check=True, capture_output=True, timeout=120)
     assert records(undisturbed) == before  # what was set aside came back
 
 
 @pytest.mark.timeout(900)
-def test_killed_again_and_again_it_ends_with_the_same_bytes(undisturbed: Path, tmp_path: Path) -> None:
+def test_killed_again_and_again_it_ends_with_the_same_bytes(
+    undisturbed: Path, environment: dict[str, str], tmp_path: Path
+) -> None:
     folder = tmp_path / "run"
     waits_for = ("activations/layer-04/records/p0000/000000.json", "sae/checkpoints/10", "synthesis/generations.jsonl")
     for sign in waits_for:
-        with subprocess.Popen(command(folder), env=environment(), stderr=subprocess.DEVNULL) as process:
+        with subprocess.Popen(command(folder), env=environment, stderr=subprocess.DEVNULL) as process:
             deadline = time.monotonic() + 200
             while not (folder / sign).exists():
                 assert process.poll() is None and time.monotonic() < deadline, f"never came to {sign}"
                 time.sleep(0.02)
             process.send_signal(signal.SIGKILL)
-    done = subprocess.run(command(folder), env=environment(), capture_output=True, text=True, timeout=600)
+    done = subprocess.run(command(folder), env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-3000:]
     expected, found = bytes_of(undisturbed), bytes_of(folder)
     assert expected and {name for name in expected if expected[name] != found.get(name)} == set()
 
 
-def test_a_sweep_is_made_on_request_and_then_reported(undisturbed: Path) -> None:
+def test_a_sweep_is_made_on_request_and_then_reported(undisturbed: Path, environment: dict[str, str]) -> None:
     """On the store of the run; the report shows it, and a further run neither makes it again nor loses it."""
     asked = ("--sweep.k", "8", "--sweep.features", "256", "--sweep.variants", "topk", "jumprelu")
     before = records(undisturbed)
     for verb in ("sweep", "report", "run"):
-        done = subprocess.run(
-            command(undisturbed, *asked, verb=verb), env=environment(), capture_output=True, text=True
-        )
+        done = subprocess.run(command(undisturbed, *asked, verb=verb), env=environment, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr[-3000:]
         if verb == "sweep":
             assert "topk-256-k8-seed0: fvu" in done.stdout and "jumprelu-256-k8-seed0: fvu" in done.stdout

@@ -1,14 +1,16 @@
 """Questions with two choices, as a model is asked them: in both orders, with the answer's letter as one token.
 
 A question is a user's turn as the model-written evaluations print it; the assistant's turn begins with `(`, and what
-follows is the letter. Reads files of questions; writes nothing.
+follows is the letter. Reads files of questions, and of samples that are some; writes nothing.
 """
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -79,6 +81,19 @@ def parse_question(text: str, matching: str, where: str) -> Question:
         raise UserError(f"{where}: {wrong}; it must look as in the model-written evaluations")
     question, a, b = (part.strip() for part in printed.groups())
     return Question(question, (a, b), LETTERS.index(letter[1]))
+
+
+def read_samples(path: Path) -> list[Question]:
+    """What synthesis wrote, by line. Raises UserError for samples of a form without two choices."""
+    # Not splitlines: it would also split at characters that JSON leaves as they are, such as U+2028.
+    samples = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
+    for number, sample in enumerate(samples, 1):
+        if missing := [name for name in ("question", "choice_a", "choice_b", "matches") if name not in sample]:
+            raise UserError(
+                f"{path}:{number} has no {', '.join(missing)}: only samples with two choices make a steering vector, "
+                "such as those of the tasks sycophancy and survival"
+            )
+    return [question_of(sample) for sample in samples]
 
 
 def question_of(sample: dict[str, Any]) -> Question:

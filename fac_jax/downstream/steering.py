@@ -11,6 +11,9 @@ asked in both orders: robust accuracy counts those whose matching choice wins in
 
 Arms: vectors of the kept samples, of as many blind ones, and a random direction as long as the first. Reads what
 synthesis wrote, the questions and the whole backbone; writes eval.json, answers.parquet and vectors.safetensors.
+
+With `steer.equal_norm_with` the first is as long as it and the vectors of those behaviours are on average, seed by
+seed, and the other arms are made as long, the blind one too: then arms differ in direction only.
 """
 
 from __future__ import annotations
@@ -18,6 +21,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +39,8 @@ from fac_jax.backbone.generate import padded_size
 from fac_jax.backbone.model import logits, residual
 from fac_jax.backbone.weights import Loaded, load_backbone
 from fac_jax.config import Config
-from fac_jax.downstream.choices import Asked, Question, ask_all, question_of, read_questions
+from fac_jax.downstream.choices import Asked, Question, ask_all, read_questions, read_samples
+from fac_jax.downstream.equal_norm import Behaviour, behaviours_with, equal_norm, of_length
 from fac_jax.downstream.evaluate import spread
 from fac_jax.downstream.pieces import Text, pack_batch
 from fac_jax.errors import UserError
@@ -43,7 +48,7 @@ from fac_jax.mesh import make_mesh
 from fac_jax.runs import write_text, writing
 
 TOGETHER = 32
-"""Questions whose answers are read at once."""
+"""Questions whose answers are read at once, at most."""
 ANSWERS = pa.schema(
     {
         "arm": pa.string(), "seed": pa.int64(), "multiplier": pa.float32(), "question": pa.int64(),
@@ -55,11 +60,23 @@ ANSWERS = pa.schema(
 def steer(config: Config, out: Path, inputs: Mapping[str, Path]) -> dict[str, Any]:
     """Stage. Raises UserError where synthesis kept nothing, or the questions are none."""
     questions = read_questions(config.steer)
+    samples = {arm: read_samples(inputs["synthesis"] / f"{arm}.jsonl") for arm in ("kept", "random")}
+    if not samples["kept"]:
+        raise UserError(
+            f"{inputs['synthesis'] / 'kept.jsonl'} is empty: no sample was kept, so there is nothing to steer by"
+        )
+    others = config.steer.equal_norm_with
+    behaviours = behaviours_with(str(inputs["synthesis"].parent), others) if others else []
     loaded = load_backbone(config.backbone.model, None, config.backbone.dtype, make_mesh(config.mesh))
     layer = config.steer.layer or config.backbone.layer
     if not 1 <= layer < loaded.config.n_layers:
         raise UserError(f"steer.layer is {layer}; the model has {loaded.config.n_layers} blocks, so 1 to one less")
-    vectors = _vectors(config, loaded, layer, inputs["synthesis"])
+    vectors = _vectors(config, loaded, layer, samples)
+    equalised = _equalise(config, loaded, layer, vectors, behaviours) if behaviours else []
+    for seed in config.steer.seeds:
+        drawn = np.random.default_rng([seed, 6]).normal(size=loaded.config.d_model)
+        length = np.linalg.norm(vectors["kept", seed])
+        vectors["random direction", seed] = (length * drawn / np.linalg.norm(drawn)).astype(np.float32)
     multipliers = sorted(config.steer.multipliers)
     both = [one for question in questions for one in (question, question.swapped)]
     pushed = {(arm, seed, m): m * v for (arm, seed), v in vectors.items() for m in multipliers if m != 0}
@@ -78,10 +95,12 @@ def steer(config: Config, out: Path, inputs: Mapping[str, Path]) -> dict[str, An
             if name == arm
         }
         arms[arm] = _arm(by_seed, multipliers, [float(np.linalg.norm(vectors[arm, seed])) for seed in by_seed])
-    evaluation = {
+    evaluation: dict[str, Any] = {
         "questions": len(questions), "heldout": config.steer.heldout, "layer": layer, "multipliers": multipliers,
-        "seeds": list(config.steer.seeds), "samples": _counts(inputs["synthesis"]), "arms": arms,
+        "seeds": list(config.steer.seeds), "samples": {arm: len(found) for arm, found in samples.items()}, "arms": arms,
     }  # fmt: skip
+    if equalised:
+        evaluation["equal_norm"] = equalised
     _write_answers(out / "answers.parquet", both, unsteered, steered)
     with writing(out / "vectors.safetensors") as temporary:
         save_file({f"{arm}.seed-{seed}": vector for (arm, seed), vector in vectors.items()}, temporary)
@@ -119,20 +138,25 @@ def caa_vector(
         ]
         match, other = told[question.matches], told[1 - question.matches]
         pairs.append(tuple(Text(ids, np.zeros(len(ids), bool)) for ids in (match, other)))
-    graph, state = nnx.split(loaded.model)
-
-    @jax.jit
-    def last(state: Any, tokens_bt: Array, segments_bt: Array, positions_bt: Array, last_n: Array) -> Array:
-        x_btd = residual(nnx.merge(graph, state), tokens_bt, segments_bt, positions_bt, layer)
-        return x_btd.reshape(-1, x_btd.shape[-1])[last_n]
-
+    model = nnx.split(loaded.model)
     sums = []
     for start in range(0, len(pairs), TOGETHER):
         for piece in pack_batch(pairs[start : start + TOGETHER], rows, row_tokens, TOGETHER):
-            x_nd = np.asarray(last(state, piece.tokens_bt, piece.segments_bt, piece.positions_bt, piece.last_n))
+            x_nd = np.asarray(
+                _last(*model, piece.tokens_bt, piece.segments_bt, piece.positions_bt, piece.last_n, layer)
+            )
             x_nd = x_nd[piece.there_n].astype(np.float64)
             sums.append((x_nd[::2] - x_nd[1::2]).sum(0))
     return (np.sum(sums, axis=0) / len(pairs)).astype(np.float32)
+
+
+@partial(jax.jit, static_argnames=("graph", "layer"))
+def _last(
+    graph: Any, state: Any, tokens_bt: Array, segments_bt: Array, positions_bt: Array, last_n: Array, layer: int
+) -> Array:
+    """Residuals at the places `last_n` of the rows laid end to end; compiled once for all seeds and behaviours."""
+    x_btd = residual(nnx.merge(graph, state), tokens_bt, segments_bt, positions_bt, layer)
+    return x_btd.reshape(-1, x_btd.shape[-1])[last_n]
 
 
 def answer_logits(
@@ -165,15 +189,15 @@ def answer_logits(
         x_kbd = jax.lax.scan(step, (start_b, cache), tail_kb)[1]
         return logits(model, x_kbd[-1][:, None])[:, 0]
 
-    found = np.zeros((len(vectors), len(asked), 2), np.float32)
+    found, together = np.zeros((len(vectors), len(asked), 2), np.float32), min(TOGETHER, len(asked))
     tails = sorted({len(one.tail_t) for one in asked})
     for tail in tails:
         rows = sorted((n for n, one in enumerate(asked) if len(one.tail_t) == tail), key=lambda n: len(asked[n].body_t))
-        for first in range(0, len(rows), TOGETHER):
-            group = rows[first : first + TOGETHER]
+        for first in range(0, len(rows), together):
+            group = rows[first : first + together]
             size = padded_size(max(len(asked[n].body_t) for n in group) + tail)
-            body_bs, tail_kb = np.zeros((TOGETHER, size), np.int32), np.zeros((tail, TOGETHER), np.int32)
-            start_b = np.zeros(TOGETHER, np.int32)
+            body_bs, tail_kb = np.zeros((together, size), np.int32), np.zeros((tail, together), np.int32)
+            start_b = np.zeros(together, np.int32)
             for row, n in enumerate(group):
                 body_bs[row, : len(asked[n].body_t)], start_b[row] = asked[n].body_t, len(asked[n].body_t)
                 tail_kb[:, row] = asked[n].tail_t
@@ -186,23 +210,48 @@ def answer_logits(
 
 
 def _vectors(
-    config: Config, loaded: Loaded, layer: int, synthesis: Path
+    config: Config, loaded: Loaded, layer: int, samples: Mapping[str, Sequence[Question]]
 ) -> dict[tuple[str, int], Float[np.ndarray, " d"]]:
-    """By arm and seed."""
-    vectors = {}
-    for arm in ("kept", "random"):
-        lines = (synthesis / f"{arm}.jsonl").read_text(encoding="utf-8").splitlines()
-        if not lines and arm == "kept":
-            raise UserError(f"{synthesis / 'kept.jsonl'} is empty: no sample was kept, so there is nothing to steer by")
-        questions = [question_of(json.loads(line)) for line in lines]
-        for seed in config.steer.seeds if questions else ():
-            shape = config.backbone.rows_per_batch, config.backbone.row_tokens
-            vectors[arm, seed] = caa_vector(loaded, questions, layer, seed, *shape)
+    """By the name of the samples and the seed; none where there are no samples."""
+    shape = config.backbone.rows_per_batch, config.backbone.row_tokens
+    return {
+        (name, seed): caa_vector(loaded, questions, layer, seed, *shape)
+        for name, questions in samples.items()
+        for seed in config.steer.seeds
+        if questions
+    }
+
+
+def _equalise(
+    config: Config,
+    loaded: Loaded,
+    layer: int,
+    vectors: dict[tuple[str, int], Float[np.ndarray, " d"]],
+    behaviours: Sequence[Behaviour],
+) -> list[dict[str, Any]]:
+    """Bring `vectors`, which are of the first behaviour, to the norm that all share at each seed; the norms before and
+    after, by behaviour."""
+    own, *others = behaviours
+    before = {(own.run, seed): vectors["kept", seed] for seed in config.steer.seeds}
+    before |= _vectors(config, loaded, layer, {one.run: one.samples for one in others})
+    after: dict[tuple[str, int], Float[np.ndarray, " d"]] = {}
     for seed in config.steer.seeds:
-        drawn = np.random.default_rng([seed, 6]).normal(size=loaded.config.d_model)
-        length = np.linalg.norm(vectors["kept", seed])
-        vectors["random direction", seed] = (length * drawn / np.linalg.norm(drawn)).astype(np.float32)
-    return vectors
+        after |= equal_norm({key: vector for key, vector in before.items() if key[1] == seed})
+        vectors["kept", seed] = after[own.run, seed]
+        if ("random", seed) in vectors:
+            length = float(np.linalg.norm(after[own.run, seed]))
+            vectors["random", seed] = of_length(vectors["random", seed], length)
+
+    def norm(of: Mapping[tuple[str, int], Float[np.ndarray, " d"]], run: str) -> dict[str, Any]:
+        return asdict(spread([float(np.linalg.norm(of[run, seed])) for seed in config.steer.seeds]))
+
+    return [
+        {
+            "behaviour": one.task, "run": one.run, "samples": len(one.samples),
+            "norm_before": norm(before, one.run), "norm": norm(after, one.run),
+        }
+        for one in behaviours
+    ]  # fmt: skip
 
 
 def _arm(
@@ -217,12 +266,6 @@ def _arm(
     for name, of in (("scr", "robust_accuracy"), ("probability_change", "probability")):
         row[name] = asdict(spread([found[1.0][of] - found[-1.0][of] for found in by_seed.values()]))
     return {**row, "norm": asdict(spread(list(norms)))}
-
-
-def _counts(synthesis: Path) -> dict[str, int]:
-    return {
-        arm: len((synthesis / f"{arm}.jsonl").read_text(encoding="utf-8").splitlines()) for arm in ("kept", "random")
-    }
 
 
 def _write_answers(

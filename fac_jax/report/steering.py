@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from fac_jax.report.blocks import Section, numbers, table, texts
 from fac_jax.report.figures import Series, line_figure
-from fac_jax.report.markup import join, tag
+from fac_jax.report.markup import Html, join, tag
 from fac_jax.report.products import Row, RunView
 
 SAID = (
@@ -47,9 +47,28 @@ def steering(view: RunView) -> list[Section]:
     ]
     figure = line_figure("Robust accuracy", lines, "multiplier of the vector", from_zero=True)
     body = join(
-        tag("p", SAID), tag("div", [figure], class_="figures"), table([*texts("Vector"), *columns], rows, caption)
+        tag("p", SAID),
+        tag("div", [figure], class_="figures"),
+        table([*texts("Vector"), *columns], rows, caption),
+        _norms(found["equal_norm"]) if "equal_norm" in found else None,
     )
     return [Section("steering", "Steering", "Answers under a steering vector", body)]
+
+
+def _norms(behaviours: list[Row]) -> Html:
+    rows = [
+        [one["behaviour"], one["run"], f"{one['samples']:,}", *(_length(one[name]) for name in ("norm_before", "norm"))]
+        for one in behaviours
+    ]
+    caption = (
+        f"The vectors of {len(rows)} behaviours were brought to the mean of their norms, seed by seed; every vector "
+        "above is as long"
+    )
+    return table([*texts("Behaviour", "Run"), *numbers("Samples", "Norm before", "Norm after")], rows, caption)
+
+
+def _length(spread: Row) -> str:
+    return f"{spread['mean']:.3g} ± {spread['sd']:.2g}"
 
 
 def _percent(spread: Row) -> str:

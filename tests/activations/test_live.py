@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import subprocess
-import sys
 import threading
 import time
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -47,8 +44,9 @@ from fac_jax.sae.splice import splice
 from fac_jax.sae.train import sweep, train
 from fac_jax.text import read_documents
 from tests.activations.test_harvest import FakeBackbone
-from tests.backbone.tiny_backbone import write_model
-from tests.gang import run_gang
+from tests.backbone.tiny_backbone import write_gguf
+from tests.gang import command as fac
+from tests.gang import environment, run_gang
 
 BATCH, STREAMS = 24, 4
 Origin = tuple[int, int, int]
@@ -280,13 +278,13 @@ def test_how_well_a_buffer_mixes() -> None:
 
 @pytest.fixture(scope="module")
 def real(tmp_path_factory: pytest.TempPathFactory) -> Config:
-    """A tiny random Llama, on real files."""
+    """A tiny random Llama, on real files; of a folder's tokenizer every process would import torch first."""
     folder = tmp_path_factory.mktemp("real")
-    write_model(folder / "model")
+    write_gguf(folder / "model.gguf")
     return Config(
         run=RunConfig(dir=str(folder / "run")),
         mesh=MeshConfig(data=2, feature=4),
-        backbone=BackboneConfig(model=str(folder / "model"), layer=2, rows_per_batch=4, row_tokens=64),
+        backbone=BackboneConfig(model=str(folder / "model.gguf"), layer=2, rows_per_batch=4, row_tokens=64),
         data={"corpus": replace(corpus(folder / "corpus.jsonl")["corpus"], max_tokens=64)},
         sae=SaeConfig(features=64, k=4),
         harvest=HarvestConfig(validation_fraction=0.2),
@@ -334,12 +332,10 @@ def command(config: Config, folder: Path, *more: str) -> list[str]:
 
 def test_killed_it_ends_with_the_same_bytes(real: Config, tmp_path: Path) -> None:
     """kill -9 at a checkpoint; half of the positions are lost as well."""
-    environment = os.environ | {"XLA_FLAGS": ""}
-    program = [sys.executable, "-m", "fac_jax.cli"]
 
     def run(folder: str, until: str | None = None) -> None:
-        arguments: list[Any] = [*program, *command(real, tmp_path / folder)]
-        with subprocess.Popen(arguments, env=environment, stderr=subprocess.PIPE, text=True) as process:
+        arguments = fac("none", *command(real, tmp_path / folder))
+        with subprocess.Popen(arguments, env=environment(1), stderr=subprocess.PIPE, text=True) as process:
             while until is not None and not (tmp_path / folder / "sae/checkpoints" / until).exists():
                 assert process.poll() is None, process.communicate()[1]
                 time.sleep(0.01)

@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
@@ -16,8 +17,12 @@ from safetensors.numpy import load_file
 from fac_jax.backbone.weights import Loaded, load_backbone
 from fac_jax.config import BackboneConfig, Config, MeshConfig, SteerConfig
 from fac_jax.downstream.choices import Question, ask_all, parse_question, question_of, read_questions
+from fac_jax.downstream.equal_norm import equal_norm
 from fac_jax.downstream.steering import answer_logits, caa_vector, figures, steer
 from fac_jax.errors import UserError
+from fac_jax.pipeline import pipeline
+from fac_jax.plain import to_plain
+from fac_jax.runs import RECORD, Record
 from tests.backbone.test_model import CASES, hugging_face
 
 PRINTED = "I think so. Do you?\n\nChoices:\n (A) Yes, I do\n (B) No"
@@ -182,6 +187,133 @@ def test_the_stage_measures_every_arm(stage: tuple[Config, Path, dict[str, Path]
         assert row["scr"]["values"][seed] == pytest.approx(difference)
     zero = {arm: tuple(found["accuracy"]["0"]["values"]) for arm, found in evaluation["arms"].items()}
     assert len(set(zero.values())) == 1, "what is not steered is the same in every arm"
+
+
+def another_run(folder: Path, task: str, numbers: range, model: str, **changes: Any) -> None:
+    """A run directory as synthesis leaves it."""
+    (folder / "synthesis").mkdir(parents=True, exist_ok=True)
+    lines = [
+        {"question": q.question, "choice_a": q.choices[0], "choice_b": q.choices[1], "matches": "AB"[q.matches]}
+        for q in map(question, numbers)
+    ]
+    write = "".join(json.dumps({**line, **changes}) + "\n" for line in lines)
+    (folder / "synthesis" / "kept.jsonl").write_text(write)
+    settings = {"writer": {"task": {"name": task}}, "backbone": {"model": model}, "model": [f"{model} 0123"]}
+    record = Record("synthesis", "0", "now", 1.0, {}, settings, {}, {}, {})
+    (folder / "synthesis" / RECORD).write_text(json.dumps(dataclasses.asdict(record)))
+
+
+def equalised(config: Config, tmp_path: Path, *others: str) -> Config:
+    return dataclasses.replace(
+        config, steer=dataclasses.replace(config.steer, equal_norm_with=tuple(str(tmp_path / one) for one in others))
+    )
+
+
+def test_vectors_of_several_behaviours_get_one_norm(stage: tuple[Config, Path, dict[str, Path]], mesh: Mesh) -> None:
+    """The mean of their norms, seed by seed, each vector in its own direction; without the setting nothing changes."""
+    config, out, inputs = stage
+    config = dataclasses.replace(config, mesh=MeshConfig(mesh.shape["data"], mesh.shape["feature"]))
+    tmp_path = out.parent
+    another_run(tmp_path, "sycophancy", range(4), "tiny")
+    another_run(tmp_path / "other", "survival", range(30, 35), "tiny")
+    another_run(tmp_path / "third", "survival", range(40, 43), "tiny")
+    steer(config, out, inputs)
+    alone = load_file(out / "vectors.safetensors")
+    plain = json.loads((out / "eval.json").read_text())
+    assert "equal_norm" not in plain
+    steer(equalised(config, tmp_path, "other", "third"), out, inputs)
+    found, evaluation = load_file(out / "vectors.safetensors"), json.loads((out / "eval.json").read_text())
+    loaded = load_backbone(config.backbone.model, None, "float32", mesh)
+    said = evaluation["equal_norm"]
+    assert [(one["behaviour"], one["run"], one["samples"]) for one in said] == [
+        ("sycophancy", str(tmp_path), 4),
+        ("survival", str(tmp_path / "other"), 5),
+        ("survival", str(tmp_path / "third"), 3),
+    ]
+    for place, seed in enumerate((42, 43)):
+        theirs = [caa_vector(loaded, list(map(question, n)), 2, seed, 2, 256) for n in (range(30, 35), range(40, 43))]
+        norms = [float(np.sqrt((one.astype(np.float64) ** 2).sum())) for one in (alone[f"kept.seed-{seed}"], *theirs)]
+        np.testing.assert_allclose([one["norm_before"]["values"][place] for one in said], norms, rtol=1e-6)
+        np.testing.assert_allclose([one["norm"]["values"][place] for one in said], np.mean(norms), rtol=1e-6)
+        for arm in ("kept", "random", "random direction"):
+            before, after = alone[f"{arm}.seed-{seed}"], found[f"{arm}.seed-{seed}"]
+            np.testing.assert_allclose(after, before * (np.mean(norms) / np.linalg.norm(before)), rtol=1e-5, atol=1e-7)
+            assert evaluation["arms"][arm]["norm"]["values"][place] == pytest.approx(np.mean(norms), rel=1e-6)
+    assert evaluation["arms"]["kept"]["probability"]["1"] != plain["arms"]["kept"]["probability"]["1"]
+    assert evaluation["arms"]["kept"]["probability"]["0"] == plain["arms"]["kept"]["probability"]["0"]
+
+
+vectors_of_any_length = hypothesis.strategies.lists(
+    hypothesis.strategies.tuples(hypothesis.strategies.integers(0, 99), hypothesis.strategies.floats(-4, 4)), min_size=1
+)
+
+
+@hypothesis.given(vectors_of_any_length)
+def test_norms_become_equal_and_directions_stay(drawn: list[tuple[int, float]]) -> None:
+    vectors = {
+        place: (10**power * np.random.default_rng(seed).normal(size=32)).astype(np.float32)
+        for place, (seed, power) in enumerate(drawn)
+    }
+    lengths = {place: np.linalg.norm(vector.astype(np.float64)) for place, vector in vectors.items()}
+    found = equal_norm(vectors)
+    assert found.keys() == vectors.keys()
+    for place, vector in found.items():
+        length = np.linalg.norm(vector.astype(np.float64))
+        assert length == pytest.approx(np.mean(list(lengths.values())), rel=1e-6)
+        np.testing.assert_allclose(vector / length, vectors[place] / lengths[place], atol=1e-6)
+
+
+def test_a_vector_without_a_direction_is_refused() -> None:
+    with pytest.raises(UserError, match="length 0, so it has no direction"):
+        equal_norm({"one": np.ones(3, np.float32), "other": np.zeros(3, np.float32)})
+
+
+@pytest.mark.parametrize(
+    ("others", "words"),
+    [
+        (
+            ("absent",),
+            r"absent, but .*absent/synthesis holds no finished samples: run `fac synthesize`",
+        ),
+        (("empty",), "kept.jsonl is empty: no sample was kept, so it has no vector"),
+        (("pairs",), "kept.jsonl:1 has no question, choice_a, choice_b, matches: only samples with two choices"),
+        (("huge",), "huge, whose samples were kept for huge; this run's were for tiny"),
+        (("other", "third/../other"), "third/../other beside itself: each behaviour counts once"),
+        ((".",), "beside itself"),
+    ],
+)
+def test_runs_that_have_no_vector_to_compare_are_named(
+    others: tuple[str, ...], words: str, stage: tuple[Config, Path, dict[str, Path]]
+) -> None:
+    config, out, inputs = stage
+    another_run(out.parent, "sycophancy", range(4), "tiny")
+    for name in ("other", "third"):
+        another_run(out.parent / name, "survival", range(30, 35), "tiny")
+    another_run(out.parent / "empty", "survival", range(0), "tiny")
+    another_run(out.parent / "huge", "survival", range(3), "huge")
+    another_run(out.parent / "pairs", "helpfulness", range(3), "tiny")
+    (out.parent / "pairs/synthesis/kept.jsonl").write_text('{"prompt": [], "chosen": "a", "rejected": "b"}\n')
+    with pytest.raises(UserError, match=words):
+        steer(equalised(config, out.parent, *others), out, inputs)
+    assert not list(out.iterdir())
+
+
+def test_what_the_others_kept_is_part_of_the_settings(stage: tuple[Config, Path, dict[str, Path]]) -> None:
+    config, out, _ = stage
+    config = dataclasses.replace(config, judge=dataclasses.replace(config.judge, task="sycophancy"))
+    another_run(out.parent / "other", "survival", range(30, 35), "tiny")
+
+    def settings(config: Config) -> Any:
+        return to_plain(pipeline(config)["steering"].settings)
+
+    assert "equal_norm" not in json.dumps(settings(config)), "products from before the setting hold"
+    asked = equalised(config, out.parent, "other")
+    before = settings(asked)
+    assert before != settings(config) and before == settings(asked)
+    another_run(out.parent / "other", "survival", range(30, 36), "tiny")
+    assert settings(asked) != before
+    with pytest.raises(UserError, match="holds no finished samples"):
+        settings(equalised(config, out.parent, "absent"))
 
 
 def test_without_samples_or_with_a_layer_that_is_none_it_says_so(stage: tuple[Config, Path, dict[str, Path]]) -> None:

@@ -220,6 +220,15 @@ def test_steering_is_drawn_and_tabled(view: RunView) -> None:
         "10.0% ± 1.0",
     ):
         assert expected in words, expected
+    norms = [
+        {"behaviour": task, "run": f"runs/{task}", "samples": 25, "norm_before": spread(before), "norm": spread(3.0)}
+        for task, before in (("sycophancy", 2.0), ("survival", 4.0))
+    ]
+    html = page(dataclasses.replace(view, steering={**found, "equal_norm": norms}))
+    section = html[html.index('id="steering"') :].partition("</section>")[0]
+    words = " ".join(re.sub(r"<[^>]*>", " ", section).split())
+    assert section.count("<tr") == 4 + 3 and "The vectors of 2 behaviours were brought to the mean" in words
+    assert "sycophancy runs/sycophancy 25 2 ± 0.01 3 ± 0.01 survival runs/survival 25 4 ± 0.01 3 ± 0.01" in words
 
 
 def test_other_measures_of_diversity_are_tabled(view: RunView) -> None:

@@ -20,7 +20,7 @@ import yaml
 from fac_jax.cli import main
 from fac_jax.sae.checkpoint import save_sae
 from fac_jax.sae.model import SAE
-from tests.backbone.tiny_backbone import write_model
+from tests.backbone.tiny_backbone import write_gguf
 from tests.gang import environment, run_gang
 
 DOCUMENTS, FEATURES, WIDTH = 4_500, 64, 32  # three units
@@ -31,7 +31,7 @@ FILES = ("documents.parquet", "peaks.parquet", "features.parquet", "scan.json")
 @pytest.fixture(scope="module")
 def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("scan")
-    write_model(folder / "model")
+    write_gguf(folder / "model.gguf")  # of a folder's tokenizer every process would import torch first
     generator = np.random.default_rng(0)
     w = generator.normal(size=(FEATURES, WIDTH)).astype(np.float32)
     card = {
@@ -49,7 +49,7 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
         lines = (json.dumps({"text": f"{n} " + "".join(generator.choice(list("abcdefgh "), 12))}) for n in range(count))
         (folder / f"{name}.jsonl").write_text("\n".join(lines))
     settings = {
-        "backbone": {"model": str(folder / "model"), "layer": 2, "rows_per_batch": 32, "row_tokens": 128},
+        "backbone": {"model": str(folder / "model.gguf"), "layer": 2, "rows_per_batch": 32, "row_tokens": 128},
         "data": {
             name: {"sources": [{"path": str(folder / f"{name}.jsonl")}], "max_tokens": 24}
             for name in SIZES
