@@ -13,6 +13,7 @@ from fac_jax.report.products import Row, RunView
 TITLES = {"fac": "fac", "target_hit_rate": "Target hit rate", **{metric.name: metric.title for metric in METRICS}}
 TRAINED = {"head": "a linear head", "lora": "LoRA"}
 OURS = ("one step", "two steps", "random features", "random generations")
+KINDS = {"correlations": "all arms", "correlations_of_written": "arms that write, and the seed alone"}
 SAID = (
     "Every arm adds its samples to the same seed set; a cell is one arm at one budget. AUPRC is of held-out documents, "
     "means over seeds. The gain is over the seed alone, with a 95% interval over held-out documents (paired "
@@ -34,7 +35,7 @@ def study(view: RunView) -> list[Section]:
     drawings = [figure for name in trained for figure in figures(found, name)]
     body = join(
         tag("p", SAID), tag("div", drawings, class_="figures"), _cells(found, trained), tag("p", CORRELATED),
-        *(_correlations(found, name) for name in trained),
+        *(_correlations(found, name, kind) for name in trained for kind in KINDS),
     )  # fmt: skip
     return [Section("study", "Study", "Does coverage help?", body)]
 
@@ -88,15 +89,15 @@ def _cells(found: Row, trained: Sequence[str]) -> Html:
     return table([*texts("Arm"), *columns], rows, caption)
 
 
-def _correlations(found: Row, trained: str) -> Html:
-    kinds = ("pearson", "spearman", "pearson_at_equal_budget", "spearman_at_equal_budget")
+def _correlations(found: Row, trained: str, kind: str) -> Html:
+    columns_of = ("pearson", "spearman", "pearson_at_equal_budget", "spearman_at_equal_budget")
     rows = [
-        [TITLES[name], *(_correlation(told.get(kind)) for kind in kinds)]
-        for name, told in found["correlations"][trained].items()
+        [TITLES[name], *(_correlation(told.get(column)) for column in columns_of)]
+        for name, told in found[kind][trained].items()
         if any(told.values())
     ]
     columns = numbers("Pearson", "Spearman", "Pearson, equal budget", "Spearman, equal budget")
-    return table([*texts("Metric"), *columns], rows, f"With AUPRC by {TRAINED[trained]}")
+    return table([*texts("Metric"), *columns], rows, f"With AUPRC by {TRAINED[trained]}, {KINDS[kind]}")
 
 
 def _mean(value: Row | None) -> str:

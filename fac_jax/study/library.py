@@ -28,6 +28,8 @@ from fac_jax.study.texts import IN_ORDER, ArmTexts, read_arms
 from fac_jax.synthesis import cover
 from fac_jax.text import USER, Document, Turn, make_document
 
+SELECTION = "selection"
+"""The arm that writes nothing."""
 Rows = np.ndarray
 """Numbers of documents of a library."""
 
@@ -122,9 +124,9 @@ def read_library(config: Config, inputs: Mapping[str, Path]) -> Library:
     pools = [
         {name: np.array([place[ids[row]] for row in arm.rows], np.int64) for name, arm in p.items()} for p in costs
     ]
-    if "selection" in config.study.arms:
+    if SELECTION in config.study.arms:
         picked = _selection(peaks_nf, [place[name] for name in anchor.ids], seed_rows, coverage, config)
-        pools = [{**pool, "selection": picked} for pool in pools]
+        pools = [{**pool, SELECTION: picked} for pool in pools]
     return Library(
         config, examples, peaks_nf, seed_rows, pools, costs, coverage, _diverse(config, examples.texts), heldout,
         scans[0].identity.model_digest,

@@ -155,6 +155,7 @@ def test_detection_is_that_of_the_scores_that_were_kept(world: World):
     told = product["correlations"]["head"]
     assert told["fac"]["pearson"]["cells"] == 15 and told["target_hit_rate"]["pearson"]["cells"] == 14
     assert told["vendi_score"] == {}
+    assert product["correlations_of_written"]["head"]["fac"]["pearson"]["cells"] == 13
 
 
 def test_a_stopped_study_goes_on_behind_what_is_there(world: World, monkeypatch: pytest.MonkeyPatch):
