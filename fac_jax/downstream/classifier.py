@@ -28,12 +28,12 @@ import pyarrow.parquet as pq
 from jaxtyping import Bool, Float, Int
 
 from fac_jax.backbone.weights import load_backbone
-from fac_jax.config import Config
+from fac_jax.config import Config, FinetuneConfig
 from fac_jax.downstream.arms import COMPARED, check_disjoint, check_texts_disjoint, train_arms
 from fac_jax.downstream.evaluate import auprc, auroc, paired_bootstrap, spread
 from fac_jax.downstream.head import balanced, fit
 from fac_jax.downstream.pieces import Group, Text
-from fac_jax.downstream.tune import make_tuner, score_texts
+from fac_jax.downstream.tune import Tuner, make_tuner, score_texts
 from fac_jax.errors import UserError
 from fac_jax.mesh import make_mesh
 from fac_jax.runs import write_text, writing
@@ -164,18 +164,23 @@ def tuned_scores(
     config: Config, out: Path, arms: Mapping[str, Examples], heldout: Examples, model: str
 ) -> dict[str, Float[np.ndarray, "s n"]]:
     """The same of adapters and head, of every arm; `model` is the digest of the backbone that made the scans."""
-    loaded = load_backbone(config.backbone.model, None, config.backbone.dtype, make_mesh(config.mesh))
-    if loaded.digest != model:
-        raise UserError(
-            f"the scans were made with model {model}, {config.backbone.model} is {loaded.digest}: scan again"
-        )
-    tuner = make_tuner(loaded, "classifier", config.finetune, config.backbone)
+    tuner = open_tuner(config, config.finetune, model)
     held = groups_of(heldout)
     found = train_arms(
         config, out, tuner, {name: groups_of(arm) for name, arm in arms.items()},
         lambda name, seed, learned: score_texts(tuner, learned, held)[:, 0],
     )  # fmt: skip
     return {name: np.stack(of_seeds) for name, of_seeds in found.items()}
+
+
+def open_tuner(config: Config, settings: FinetuneConfig, model: str) -> Tuner:
+    """The whole backbone, ready to be tuned as a classifier. Raises UserError where it is another one than `model`."""
+    loaded = load_backbone(config.backbone.model, None, config.backbone.dtype, make_mesh(config.mesh))
+    if loaded.digest != model:
+        raise UserError(
+            f"the scans were made with model {model}, {config.backbone.model} is {loaded.digest}: scan again"
+        )
+    return make_tuner(loaded, "classifier", settings, config.backbone)
 
 
 def groups_of(examples: Examples) -> list[Group]:

@@ -17,15 +17,12 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
-from fac_jax.backbone.weights import load_backbone
 from fac_jax.config import Config, FinetuneConfig
 from fac_jax.coverage import fac as arithmetic
 from fac_jax.diversity import measure, syntax
-from fac_jax.downstream.classifier import groups_of, head_scores
+from fac_jax.downstream.classifier import groups_of, head_scores, open_tuner
 from fac_jax.downstream.evaluate import auprc, auroc
-from fac_jax.downstream.tune import Tuner, make_tuner, score_texts, tune
-from fac_jax.errors import UserError
-from fac_jax.mesh import make_mesh
+from fac_jax.downstream.tune import score_texts, tune
 from fac_jax.plain import digest
 from fac_jax.runs import write_text
 from fac_jax.study.library import Library, Rows, documents_of
@@ -153,7 +150,7 @@ def _tuned(library: Library, out: Path) -> dict[Cell, Float[np.ndarray, " n"]]:
     folder = out.parent / ADAPTERS
     files = {cell: folder / f"{cell.name}-{_adapter_key(library, cell)}.json" for cell in asked}
     todo = [cell for cell in asked if not files[cell].exists()]
-    tuner = _tuner(library) if todo else None
+    tuner = open_tuner(library.config, adapter_settings(library.config), library.model) if todo else None
     for cell in todo:
         assert tuner is not None
         training, state = (
@@ -173,16 +170,6 @@ def _adapter_key(library: Library, cell: Cell) -> str:
     settings = replace(adapter_settings(library.config), seeds=())
     documents = [training.ids, training.positive_n.tolist(), library.heldout.ids]
     return digest([settings, cell.seed, documents, library.model, library.config.backbone.dtype])
-
-
-def _tuner(library: Library) -> Tuner:
-    config = library.config
-    loaded = load_backbone(config.backbone.model, None, config.backbone.dtype, make_mesh(config.mesh))
-    if loaded.digest != library.model:
-        raise UserError(
-            f"the scans were made with model {library.model}, {config.backbone.model} is {loaded.digest}: scan again"
-        )
-    return make_tuner(loaded, "classifier", adapter_settings(config), config.backbone)
 
 
 def _keep(file: Path, told: Mapping[str, Any]) -> None:

@@ -21,6 +21,7 @@ from fac_jax.errors import UserError
 from fac_jax.features.task import Description
 from fac_jax.llm.client import Generator, Message
 from fac_jax.llm.control_tokens import without_control_tokens
+from fac_jax.synthesis.ablation import LOG
 from fac_jax.synthesis.generations import Generation, Job, Sampling, settle_log, write_all
 from fac_jax.synthesis.samples import read_sample, without_copies
 
@@ -112,7 +113,7 @@ def _write(
     taken: Callable[[int, str], None],
 ) -> Rival:
     """Rounds until there are enough; `taken` hears of every sample and its place among the tries."""
-    what, log = writing.description, writing.folder / "generations.jsonl"
+    what, log = writing.description, writing.folder / LOG
     found: list[tuple[str, str]] = []
     every: list[Generation] = []
     while len(found) < count and len(every) < MOST * count:

@@ -22,11 +22,10 @@ from typing import Any
 
 from fac_jax.config import ArmConfig, Config
 from fac_jax.features.task import load_task
-from fac_jax.llm.client import Generator
 from fac_jax.runs import write_text
 from fac_jax.scan.product import Scan
 from fac_jax.study.rivals import Writing, check_seeds, evol_instruct, self_instruct
-from fac_jax.synthesis.ablation import Bench, missing_at, open_bench, write_arm
+from fac_jax.synthesis.ablation import LOG, Bench, missing_at, open_bench, write_arm
 from fac_jax.synthesis.generations import Generation, Sampling, read_log
 from fac_jax.synthesis.synthesize import Written
 from fac_jax.text import POSITIVE_ABOVE
@@ -89,7 +88,7 @@ def _pool(bench: Bench, pool: int, folder: Path, rows: dict[str, int]) -> dict[s
         "random features": ArmConfig(keep_per_feature=most, target="random"),
     }
     missing = missing_at(bench, "two steps", config.coverage.threshold)
-    shared = read_log(bench.inputs["synthesis"] / "generations.jsonl") if "synthesis" in bench.inputs else []
+    shared = read_log(bench.inputs["synthesis"] / LOG)
     arms: dict[str, ArmTexts] = {}
 
     def placed(texts: Sequence[str]) -> list[int]:
@@ -109,18 +108,18 @@ def _pool(bench: Bench, pool: int, folder: Path, rows: dict[str, int]) -> dict[s
     for name in (name for name in names if name in RIVALS):
         seeds = positive_texts(bench.seed)
         check_seeds(seeds, config.coverage.seed)
-        rival = RIVALS[name](_writing(bench, bench.generator, number, _folder(folder, name)), seeds, most)
+        rival = RIVALS[name](_writing(bench, number, _folder(folder, name)), seeds, most)
         arms[name] = ArmTexts(placed(rival.texts), rival.written, rival.tokens)
     return arms
 
 
-def _writing(bench: Bench, generator: Generator, number: int, folder: Path) -> Writing:
+def _writing(bench: Bench, number: int, folder: Path) -> Writing:
     settings = bench.config.synthesize
     texts = (text for scan in (bench.anchor, bench.seed) for text in scan.documents("text")["text"].to_pylist())
     return Writing(
         load_task(bench.config.judge.task).description,
         frozenset(map(normalised, texts)),
-        generator,
+        bench.generator,
         Sampling(settings.max_new_tokens, settings.temperature, settings.top_p, number),
         folder,
     )

@@ -184,11 +184,12 @@ def test_adapters_are_trained_where_they_are_asked_for(world: World, monkeypatch
     geometry = BackboneConfig(rows_per_batch=2, row_tokens=128)
     made: list[int] = []
 
-    def tuner(library: Any) -> Any:
+    def tuner(config: Config, settings: FinetuneConfig, model: str) -> Any:
         made.append(1)
-        return make_tuner(loaded, "classifier", adapter_settings(library.config), geometry)
+        assert (settings, model) == (adapter_settings(config), "model-1")
+        return make_tuner(loaded, "classifier", settings, geometry)
 
-    monkeypatch.setattr(cells_module, "_tuner", tuner)
+    monkeypatch.setattr(cells_module, "open_tuner", tuner)
     product = world.run(**lora)
     there = {(line["arm"], line["budget"]) for line in product["cells"] if line["auprc_lora"] is not None}
     assert there == {("seed", 0), *((arm, 6) for arm in STUDY.arms)}
