@@ -28,7 +28,6 @@ from fac_jax.config import (
 )
 from fac_jax.downstream import arms as module
 from fac_jax.downstream.arms import COMPARED
-from fac_jax.downstream.finetune import finetune
 from fac_jax.downstream.lora import adapters, merged
 from fac_jax.downstream.tune import tune
 from fac_jax.errors import Stopped, UserError
@@ -36,6 +35,7 @@ from fac_jax.llm.fake import FakeServer
 from fac_jax.llm.question import data_shown
 from fac_jax.mesh import make_mesh
 from tests.backbone.test_model import CASES, hugging_face, whole
+from tests.downstream.experiment import Experiment
 from tests.downstream.test_lora import LORA, filled
 
 ARMS = ("seed", "seed+random", "seed+kept")
@@ -48,26 +48,6 @@ def row(number: int) -> dict[str, str]:
 
 def told(number: int) -> dict[str, str]:
     return {"instruction": f"tell {number}", "output": f"{number % 10}" * (3 + number % 3)}
-
-
-@dataclasses.dataclass
-class Experiment:
-    """A run's folder; `run` trains."""
-
-    folder: Path
-    config: Config
-
-    @property
-    def out(self) -> Path:
-        return self.folder / "finetune"
-
-    def run(self, **settings: Any) -> dict[str, Any]:
-        self.config = dataclasses.replace(self.config, finetune=dataclasses.replace(self.config.finetune, **settings))
-        self.out.mkdir(exist_ok=True)
-        return finetune(self.config, self.out, {"synthesis": self.folder})
-
-    def evaluation(self) -> dict[str, Any]:
-        return json.loads((self.out / "eval.json").read_text())
 
 
 @pytest.fixture(params=["1x1", "2x4"])

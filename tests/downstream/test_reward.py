@@ -28,7 +28,6 @@ from fac_jax.config import (
 from fac_jax.downstream import reward as module
 from fac_jax.downstream.encode import encode_answer, encode_examples
 from fac_jax.downstream.evaluate import bootstrap_mean
-from fac_jax.downstream.finetune import finetune
 from fac_jax.downstream.head import fit_pairs
 from fac_jax.downstream.published import Example
 from fac_jax.downstream.reward import wins
@@ -37,6 +36,7 @@ from fac_jax.pipeline import pipeline
 from fac_jax.runs import Record, Run, Stage
 from fac_jax.text import Turn
 from tests.backbone.test_model import CASES, hugging_face
+from tests.downstream.experiment import Experiment
 
 ARMS = ("seed", "seed+random", "seed+kept")
 
@@ -46,29 +46,6 @@ def row(number: int, subset: str | None = None) -> dict[str, Any]:
     word = "abcdefghijklmnopqrstuvwxyz"[number % 26]
     found = {"prompt": f"q{number}", "chosen": f"{word}!", "rejected": f"{word}."}
     return found if subset is None else {**found, "subset": subset}
-
-
-@dataclasses.dataclass
-class Experiment:
-    """A run's folder; `run` trains."""
-
-    folder: Path
-    config: Config
-
-    @property
-    def out(self) -> Path:
-        return self.folder / "finetune"
-
-    def run(self, **settings: Any) -> dict[str, Any]:
-        self.config = dataclasses.replace(self.config, finetune=dataclasses.replace(self.config.finetune, **settings))
-        self.out.mkdir(exist_ok=True)
-        return finetune(self.config, self.out, {"synthesis": self.folder})
-
-    def evaluation(self) -> dict[str, Any]:
-        return json.loads((self.out / "eval.json").read_text())
-
-    def write(self, name: str, rows: list[dict[str, Any]]) -> None:
-        (self.folder / f"{name}.jsonl").write_text("".join(json.dumps(one) + "\n" for one in rows))
 
 
 @pytest.fixture(params=["1x1", "2x4"])
