@@ -789,8 +789,9 @@ class StudyConfig:
     """Budgets at which adapters are trained beside heads: a head takes seconds, adapters minutes on a CPU."""
     lora_seeds: tuple[int, ...] = (42, 43, 44)
     """Seeds with which they are trained."""
-    lora_epochs: int = 3
-    """Passes of adapters over the training set (paper: 3). All else of heads and adapters is as in `finetune`."""
+    lora_steps: int = 225
+    """Steps of adapters, about as many in every cell (whole epochs), so that more documents do not mean more training
+    (paper: 3 epochs of 1,200 documents). All else of heads and adapters is as in `finetune`."""
     lora_learning_rate: float = 5e-5
     """AdamW's rate for adapters (paper: 5e-5)."""
     lora_batch: int = 16
@@ -808,7 +809,7 @@ class StudyConfig:
             f"study.lora_budgets is {list(self.lora_budgets)} of study.budgets {list(self.budgets)}, study.lora_seeds "
             f"{list(self.lora_seeds)} of study.seeds {list(self.seeds)}; name only what is there",
         )
-        for name in ("lora_epochs", "lora_batch"):
+        for name in ("lora_steps", "lora_batch"):
             check(getattr(self, name) >= 1, f"study.{name} is {getattr(self, name)}; it must be at least 1")
         rate = self.lora_learning_rate
         check(0 < rate < math.inf, f"study.lora_learning_rate is {rate}; it must be above 0 and finite")

@@ -10,14 +10,16 @@ from fac_jax.report.figures import Series, line_figure
 from fac_jax.report.markup import Html, join, tag
 from fac_jax.report.products import Row, RunView
 
-TITLES = {"fac": "fac", "target_hit_rate": "Target hit rate", **{metric.name: metric.title for metric in METRICS}}
+OF_STUDY = {"fac": "fac", "target_hit_rate": "Target hit rate", "label_agreement": "Label agreement"}
+TITLES = {**OF_STUDY, **{metric.name: metric.title for metric in METRICS}}
 TRAINED = {"head": "a linear head", "lora": "LoRA"}
 OURS = ("one step", "two steps", "random features", "random generations")
 KINDS = {"correlations": "all arms", "correlations_of_written": "arms that write, and the seed alone"}
 SAID = (
     "Every arm adds its samples to the same seed set; a cell is one arm at one budget. AUPRC is of held-out documents, "
     "means over seeds. The gain is over the seed alone, with a 95% interval over held-out documents (paired "
-    "bootstrap): an interval that holds 0 shows no difference. Coverage and diversity are of the whole training set."
+    "bootstrap): an interval that holds 0 shows no difference. Coverage and diversity are of the whole training set; "
+    "label agreement is the share of what was added whose label a head trained on the whole anchor gives too."
 )
 CORRELATED = (
     "Correlation of each metric with AUPRC over cells, with 95% intervals that draw cells and seeds anew. More samples "

@@ -1,8 +1,11 @@
 """A cell of a study: the seed with what an arm adds at one budget and with one seed, and every figure of it.
 
-Coverage and diversity are of the whole training set, the seed's documents included, as detection is; the target hit
-rate is of what was added, of the features that the seed misses. Each cell's figures and scores are kept as soon as
-they are there: a stopped study goes on behind them, and adapters serve another study of the run directory too.
+Coverage and diversity are of the whole training set, the seed's documents included, as detection is. Of what was added
+alone are the target hit rate, of the features that the seed misses, and label agreement: the share whose label a head
+trained on the whole anchor gives too, as a sample may activate all that is missing and not be what it is labelled.
+
+Each cell's figures and scores are kept as soon as they are there: a stopped study goes on behind them, and adapters
+serve another study of the run directory too.
 """
 
 from __future__ import annotations
@@ -30,7 +33,7 @@ from fac_jax.study.library import Library, Rows, documents_of
 SEED_ALONE = "seed"
 ADAPTERS = "adapters"
 """Folder beside the product: what took minutes is used again when another study asks for it."""
-METRICS = ("fac", "target_hit_rate", *(metric.name for metric in measure.METRICS))
+METRICS = ("fac", "target_hit_rate", "label_agreement", *(metric.name for metric in measure.METRICS))
 """What may go with detection."""
 
 
@@ -81,10 +84,11 @@ def measure_cells(library: Library, out: Path) -> list[Outcome]:
     ]
 
 
-def adapter_settings(config: Config) -> FinetuneConfig:
-    """How adapters are trained."""
+def adapter_settings(config: Config, documents: int) -> FinetuneConfig:
+    """How adapters are trained on so many documents: as many whole epochs as come next to the steps that are asked."""
     study = config.study
-    changed = {"epochs": study.lora_epochs, "learning_rate": study.lora_learning_rate, "batch": study.lora_batch}
+    epochs = max(1, round(study.lora_steps / -(-documents // study.lora_batch)))
+    changed = {"epochs": epochs, "learning_rate": study.lora_learning_rate, "batch": study.lora_batch}
     return replace(config.finetune, method="lora", **changed)  # type: ignore[arg-type]
 
 
@@ -100,8 +104,11 @@ def figures_of(library: Library, added: Rows) -> dict[str, float | None]:
     found = library.coverage
     whole_f = arithmetic.active(library.peaks_nf[rows], found.threshold)
     added_f = arithmetic.active(library.peaks_nf[added], found.threshold)
-    hit = arithmetic.target_hit_rate(found.missing_f, added_f) if len(added) else None
-    figures = {"fac": arithmetic.fac(found.relevant_f, found.anchor_f, whole_f), "target_hit_rate": hit}
+    figures = {
+        "fac": arithmetic.fac(found.relevant_f, found.anchor_f, whole_f),
+        "target_hit_rate": arithmetic.target_hit_rate(found.missing_f, added_f) if len(added) else None,
+        "label_agreement": float(library.agrees_n[added].mean()) if len(added) else None,
+    }
     return {**figures, **_diversity(library, rows)}
 
 
@@ -119,7 +126,7 @@ def _diversity(library: Library, rows: Rows) -> dict[str, float | None]:
             measure.reference(library.config),
         )  # fmt: skip
         found |= {name: figure["value"] for name, figure in told.items()}
-    return {name: found.get(name) for name in METRICS[2:]}
+    return {metric.name: found.get(metric.name) for metric in measure.METRICS}
 
 
 def _added(library: Library, cell: Cell) -> Rows:
@@ -150,13 +157,15 @@ def _tuned(library: Library, out: Path) -> dict[Cell, Float[np.ndarray, " n"]]:
     folder = out.parent / ADAPTERS
     files = {cell: folder / f"{cell.name}-{_adapter_key(library, cell)}.json" for cell in asked}
     todo = [cell for cell in asked if not files[cell].exists()]
-    tuner = open_tuner(library.config, adapter_settings(library.config), library.model) if todo else None
+    config = library.config
+    tuner = open_tuner(config, adapter_settings(config, 1), library.model) if todo else None
     for cell in todo:
         assert tuner is not None
         training, state = (
             library.take(np.concatenate([library.seed, _added(library, cell)])),
             files[cell].with_suffix(""),
         )
+        tuner = replace(tuner, settings=adapter_settings(config, len(training.ids)))
         learned = tune(tuner, groups_of(training), cell.seed, state)
         scores_n = score_texts(tuner, learned, groups_of(library.heldout))[:, 0]
         _keep(files[cell], {"scores": scores_n.tolist()})
@@ -167,7 +176,7 @@ def _tuned(library: Library, out: Path) -> dict[Cell, Float[np.ndarray, " n"]]:
 def _adapter_key(library: Library, cell: Cell) -> str:
     """Of all that decides what the adapters of a cell learn and score."""
     training = library.take(np.concatenate([library.seed, _added(library, cell)]))
-    settings = replace(adapter_settings(library.config), seeds=())
+    settings = replace(adapter_settings(library.config, len(training.ids)), seeds=())
     documents = [training.ids, training.positive_n.tolist(), library.heldout.ids]
     return digest([settings, cell.seed, documents, library.model, library.config.backbone.dtype])
 

@@ -20,7 +20,7 @@ from fac_jax.coverage import fac as arithmetic
 from fac_jax.diversity import measure, syntax
 from fac_jax.diversity.bert import load_encoder
 from fac_jax.downstream.arms import check_disjoint, check_texts_disjoint
-from fac_jax.downstream.classifier import Examples, labelled
+from fac_jax.downstream.classifier import Examples, head_scores, labelled
 from fac_jax.errors import UserError
 from fac_jax.features.judge import relevant_features
 from fac_jax.scan.product import load_scans
@@ -68,6 +68,8 @@ class Library:
     costs: Sequence[Mapping[str, ArmTexts]]
     coverage: Coverage
     diverse: Diverse
+    agrees_n: Bool[np.ndarray, " n"]
+    """Whether a head trained on the whole anchor gives a document the label that it has."""
     heldout: Examples
     model: str
     """Digest of the backbone that the scans were made with."""
@@ -128,7 +130,8 @@ def read_library(config: Config, inputs: Mapping[str, Path]) -> Library:
         picked = _selection(peaks_nf, [place[name] for name in anchor.ids], seed_rows, coverage, config)
         pools = [{**pool, SELECTION: picked} for pool in pools]
     return Library(
-        config, examples, peaks_nf, seed_rows, pools, costs, coverage, _diverse(config, examples.texts), heldout,
+        config, examples, peaks_nf, seed_rows, pools, costs, coverage, _diverse(config, examples.texts),
+        (head_scores(config, anchor, examples, seed).mean(0) > 0) == examples.positive_n, heldout,
         scans[0].identity.model_digest,
     )  # fmt: skip
 

@@ -135,6 +135,27 @@ def test_figures_are_those_that_can_be_counted(world: World):
     told = of_words(documents_of([library.examples.texts[row] for row in rows]))
     assert at["one step", 3]["distinct_2"]["mean"] == pytest.approx(told["distinct_2"]["value"])
     assert at["one step", 3]["vendi_score"] is None, "no encoder, no figure"
+    assert at["seed", 0]["label_agreement"] is None
+    added = library.added("two steps", 6, 0)
+    assert at["two steps", 6]["label_agreement"]["mean"] == pytest.approx(library.agrees_n[added].mean())
+
+
+def test_a_label_that_the_anchor_would_not_give_is_counted(world: World):
+    """The toy's labels say nothing of its words, so make them: guns are positive in the anchor, and nothing else is."""
+    lines = [json.dumps({"text": message(w, 300 + n), "label": int(w == "guns")}) for w in TOPICS for n in range(6)]
+    (world.folder / "sorted.jsonl").write_text("\n".join(lines))
+    ordered = DataSet(sources=(Source(path=str(world.folder / "sorted.jsonl"), label="label"),), max_tokens=16)
+    finetune = replace(world.config.finetune, epochs=100)
+    config = replace(world.config, data={**world.config.data, "anchor": ordered}, finetune=finetune)
+    out = world.folder / "scans" / "sorted"
+    out.mkdir()
+    scan(config, out, {"sae": world.inputs["sae"]}, "anchor")
+    library = read_library(config, {**world.inputs, "scan:anchor": out})
+    written = [row for row, name in enumerate(library.examples.texts) if row not in set(library.seed.tolist())]
+    for row in written:
+        guns = "guns" in library.examples.texts[row]
+        assert library.agrees_n[row] == (library.examples.positive_n[row] == guns)
+    assert 0 < library.agrees_n[library.added("two steps", 6, 0)].sum() < 6, "all are labelled 1, few speak of guns"
 
 
 def test_detection_is_that_of_the_scores_that_were_kept(world: World):
@@ -180,13 +201,13 @@ def test_a_stopped_study_goes_on_behind_what_is_there(world: World, monkeypatch:
 def test_adapters_are_trained_where_they_are_asked_for(world: World, monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     write_model(tmp_path / "model", vocab_size=max(260, len(WORDS)))
     loaded = load_backbone(str(tmp_path / "model"), None, "float32", make_mesh(MeshConfig(data=1, feature=1)))
-    lora = {"lora_budgets": (0, 6), "lora_epochs": 2, "lora_batch": 4, "lora_learning_rate": 1e-2}
+    lora = {"lora_budgets": (0, 6), "lora_steps": 3, "lora_batch": 4, "lora_learning_rate": 1e-2}
     geometry = BackboneConfig(rows_per_batch=2, row_tokens=128)
     made: list[int] = []
 
     def tuner(config: Config, settings: FinetuneConfig, model: str) -> Any:
         made.append(1)
-        assert (settings, model) == (adapter_settings(config), "model-1")
+        assert settings.batch == 4 and model == "model-1"
         return make_tuner(loaded, "classifier", settings, geometry)
 
     monkeypatch.setattr(cells_module, "open_tuner", tuner)
@@ -201,6 +222,12 @@ def test_adapters_are_trained_where_they_are_asked_for(world: World, monkeypatch
     assert len(made) == 1, "adapters that are there serve another study"
     world.run("slower", **{**lora, "lora_budgets": (0,), "lora_learning_rate": 1e-3})
     assert len(made) == 2 and len(list(adapters.iterdir())) == 9
+
+
+def test_adapters_take_about_as_many_steps_whatever_there_is_to_learn_from():
+    config = Config(study=replace(STUDY, lora_steps=39, lora_batch=16))
+    epochs = {documents: adapter_settings(config, documents).epochs for documents in (97, 122, 147, 197, 297, 2000)}
+    assert epochs == {97: 6, 122: 5, 147: 4, 197: 3, 297: 2, 2000: 1}
 
 
 def test_cells_are_listed_once():
@@ -240,7 +267,7 @@ def test_a_held_out_set_of_one_class_is_refused(world: World):
         ({"budgets": (5,), "lora_budgets": (6,)}, "lora_budgets"),
         ({"budgets": (5,), "lora_seeds": (1,)}, "lora_seeds"),
         ({"pools": 0}, "pools"),
-        ({"lora_epochs": 0}, "lora_epochs"),
+        ({"lora_steps": 0}, "lora_steps"),
         ({"lora_learning_rate": 0.0}, "lora_learning_rate"),
     ],
 )
