@@ -23,7 +23,7 @@ from fac_jax.downstream.arms import check_disjoint, check_texts_disjoint
 from fac_jax.downstream.classifier import Examples, head_scores, labelled
 from fac_jax.errors import UserError
 from fac_jax.features.judge import relevant_features
-from fac_jax.scan.product import load_scans
+from fac_jax.scan.product import Scan, load_scans
 from fac_jax.study.texts import IN_ORDER, ArmTexts, read_arms
 from fac_jax.synthesis import cover
 from fac_jax.text import USER, Document, Turn, make_document
@@ -108,18 +108,8 @@ def read_library(config: Config, inputs: Mapping[str, Path]) -> Library:
     check_disjoint(examples.ids, heldout.ids, "study", config.finetune.heldout)
     check_texts_disjoint(zip(examples.ids, examples.texts, strict=True), held, "study", config.finetune.heldout)
     place = {name: row for row, name in enumerate(examples.ids)}
-    threshold = config.coverage.threshold
-    anchor_f, seed_f = (arithmetic.active(scan.peaks_nf, threshold) for scan in (scans[1], scans[0]))
-    relevant_f = relevant_features(inputs["relevance"], scans[1])
-    coverage = Coverage(relevant_f, anchor_f, arithmetic.missing(relevant_f, anchor_f, seed_f), threshold)
-    found: dict[str, tuple[int, int]] = {}
-    for number, scan in enumerate(scans[:3]):
-        for row, name in enumerate(scan.ids_n.tolist()):
-            found.setdefault(name, (number, row))
-    order = [found[name] for name in examples.ids]
-    starts = np.cumsum([0, *(scan.peaks_nf.shape[0] for scan in scans[:3])])
-    stacked = csr_array(vstack([scan.peaks_nf for scan in scans[:3]], format="csr"))
-    peaks_nf = stacked[[int(starts[number]) + row for number, row in order]]
+    coverage = _coverage(config, inputs["relevance"], scans[0], scans[1])
+    peaks_nf = _peaks(examples.ids, scans[:3])
     seed_rows = np.arange(len(seed.ids))
     costs, texts = read_arms(inputs["study:texts"]), _texts(inputs["study:texts"])
     ids = [make_document([Turn(USER, text)], None, "").id for text in texts]
@@ -134,6 +124,21 @@ def read_library(config: Config, inputs: Mapping[str, Path]) -> Library:
         (head_scores(config, anchor, examples, seed).mean(0) > 0) == examples.positive_n, heldout,
         scans[0].identity.model_digest,
     )  # fmt: skip
+
+
+def _coverage(config: Config, relevance: Path, seed: Scan, anchor: Scan) -> Coverage:
+    threshold, relevant_f = config.coverage.threshold, relevant_features(relevance, anchor)
+    anchor_f, seed_f = (arithmetic.active(scan.peaks_nf, threshold) for scan in (anchor, seed))
+    return Coverage(relevant_f, anchor_f, arithmetic.missing(relevant_f, anchor_f, seed_f), threshold)
+
+
+def _peaks(ids: Sequence[str], scans: Sequence[Scan]) -> csr_array:
+    """Peaks of documents, each from the first scan that holds it."""
+    rows: dict[str, int] = {}
+    for row, name in enumerate(name for scan in scans for name in scan.ids_n.tolist()):
+        rows.setdefault(name, row)
+    stacked = csr_array(vstack([scan.peaks_nf for scan in scans], format="csr"))
+    return stacked[[rows[name] for name in ids]]
 
 
 def _texts(folder: Path) -> list[str]:

@@ -94,9 +94,8 @@ def _pool(bench: Bench, pool: int, folder: Path, rows: dict[str, int]) -> dict[s
     def placed(texts: Sequence[str]) -> list[int]:
         return [rows.setdefault(text, len(rows)) for text in texts]
 
-    for name, form in forms.items():
-        if name not in names and not (name == "one step" and "random generations" in names):
-            continue
+    wanted = {*names, *(("one step",) if "random generations" in names else ())}
+    for name, form in ((name, form) for name, form in forms.items() if name in wanted):
         made, _ = write_arm(bench, form, number, missing, _folder(folder, name), shared)
         kept = [made.every.samples[one.row].text for one in made.kept][:most]
         cost = _cost(made)
