@@ -95,12 +95,12 @@ def pipeline(config: Config) -> dict[str, Stage]:
             *("steering", "steering", "steer", steer, partial(_steering_settings, config)), ("synthesis",)
         ))  # fmt: skip
     if config.study.budgets:
-        written, scanned_by_it = partial(_study_text_settings, config), ("relevance", "explanations", anchor, seed)
+        written_for = ("relevance", "explanations", anchor, seed, "synthesis")
         read = (anchor, seed, f"scan:{config.finetune.heldout}", "relevance")
         stages += [
             Stage(
-                *("study:texts", "study/texts", "study", write_texts, written),
-                (*_sae_input(config), *scanned_by_it, "synthesis"),
+                *("study:texts", "study/texts", "study", write_texts, partial(_study_text_settings, config)),
+                (*_sae_input(config), *written_for),
             ),
             replace(scan_stage(config, "study_texts"), verb="study"),
             Stage(

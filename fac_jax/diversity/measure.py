@@ -20,7 +20,7 @@ from typing import Any, Literal
 import numpy as np
 from jaxtyping import Float32
 
-from fac_jax.config import Config
+from fac_jax.config import Config, DiversityConfig
 from fac_jax.diversity import syntax, vectors
 from fac_jax.diversity import words as lexical
 from fac_jax.diversity.bert import Encoder, folder_of, load_encoder, unit
@@ -177,7 +177,7 @@ def of_embeddings(config: Config, documents: Sequence[Document], name: str) -> d
     here = there = embed(encoder, documents, settings.embedded_tokens)
     if name != reference(config):
         there = embed_reference(config, encoder)
-    return figures_of(here, there, settings.clusters, settings.pair_rows, config.run.seed, reference(config))
+    return figures_of(here, there, centres_of(there, settings, config.run.seed), settings, reference(config))
 
 
 def embed(encoder: Encoder, documents: Sequence[Document], tokens: float = math.inf) -> Embedded:
@@ -198,27 +198,35 @@ def embed_reference(config: Config, encoder: Encoder) -> Embedded:
     return embed(encoder, documents, config.diversity.embedded_tokens)
 
 
+def centres_of(there: Embedded, settings: DiversityConfig, seed: int) -> Float32[np.ndarray, "c d"] | None:
+    """Centres of the reference's clusters; None where it has fewer different rows than clusters."""
+    return vectors.cluster_centres(there.unit_nd, settings.clusters, seed)
+
+
 def figures_of(
-    here: Embedded, there: Embedded, clusters: int, pair_rows: int, seed: int, reference_name: str
+    here: Embedded,
+    there: Embedded,
+    centres_cd: Float32[np.ndarray, "c d"] | None,
+    settings: DiversityConfig,
+    reference_name: str,
 ) -> dict[str, Figure]:
-    """The metrics of `here`; clusters and density are those of `there`."""
+    """The metrics of `here`; density is that of `there`, and so are the clusters, of which these are the centres."""
     unit_nd, rows, of = here.unit_nd, len(here.unit_nd), here.of
     few = "there are fewer than two rows"
-    centres_cd = vectors.cluster_centres(there.unit_nd, clusters, seed)
     found = {
         "cosine_distance": _sampled(lambda at: vectors.cosine_distance(unit_nd[at]), rows, of, few),
         "covariance_trace": _sampled(lambda at: vectors.covariance_trace(here.vectors_nd[at]), rows, of, few),
         "vendi_score": _sampled(lambda at: vectors.vendi_score(unit_nd[at]), rows, of, few),
         "novel_sum": _sampled(
             lambda at: vectors.novel_sum(unit_nd[at], there.unit_nd),
-            *(min(rows, pair_rows), of),
+            *(min(rows, settings.pair_rows), of),
             f"it needs two rows, and {vectors.NEIGHBOURS} other ones in the reference {reference_name!r}, of which "
             f"{len(there.unit_nd)} were embedded",
         ),
     }
     if centres_cd is None:
         found["cluster_entropy"] = _absent(
-            f"the reference {reference_name!r} has fewer different rows than diversity.clusters ({clusters}; "
+            f"the reference {reference_name!r} has fewer different rows than diversity.clusters ({settings.clusters}; "
             f"{len(there.unit_nd)} were embedded): lower it, or name a larger one with diversity.reference"
         )
     else:

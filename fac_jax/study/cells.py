@@ -23,7 +23,7 @@ from jaxtyping import Float
 from fac_jax.config import Config, FinetuneConfig
 from fac_jax.coverage import fac as arithmetic
 from fac_jax.diversity import measure, syntax
-from fac_jax.downstream.classifier import groups_of, head_scores, open_tuner
+from fac_jax.downstream.classifier import Examples, groups_of, head_scores, open_tuner
 from fac_jax.downstream.evaluate import auprc, auroc
 from fac_jax.downstream.tune import score_texts, tune
 from fac_jax.plain import digest
@@ -121,10 +121,8 @@ def _diversity(library: Library, rows: Rows) -> dict[str, float | None]:
         found["dependency_entropy"] = syntax.dependency_entropy(diverse.parsed.relations.only(rows))
     if diverse.here is not None and diverse.reference is not None:
         here = measure.Embedded(diverse.here.vectors_nd[rows], diverse.here.unit_nd[rows], len(rows))
-        told = measure.figures_of(
-            here, diverse.reference, settings.clusters, settings.pair_rows, library.config.run.seed,
-            measure.reference(library.config),
-        )  # fmt: skip
+        name = measure.reference(library.config)
+        told = measure.figures_of(here, diverse.reference, diverse.centres_cd, settings, name)
         found |= {name: figure["value"] for name, figure in told.items()}
     return {metric.name: found.get(metric.name) for metric in measure.METRICS}
 
@@ -142,10 +140,8 @@ def _measured(library: Library, cell: Cell, out: Path) -> Outcome:
         told = json.loads(done.read_text(encoding="utf-8"))
     else:
         settings = replace(library.config.finetune, seeds=(cell.seed,))
-        examples = library.take(np.concatenate([library.seed, added]))
-        scores_n = head_scores(
-            replace(library.config, finetune=settings), examples, library.heldout, library.take(library.seed)
-        )[0]
+        config, seed = replace(library.config, finetune=settings), library.take(library.seed)
+        scores_n = head_scores(config, _training(library, cell), library.heldout, seed)[0]
         told = {"figures": figures_of(library, added), "scores": scores_n.tolist()}
         _keep(done, told)
     return Outcome(cell, len(added), told["figures"], {"head": np.array(told["scores"])})
@@ -153,29 +149,26 @@ def _measured(library: Library, cell: Cell, out: Path) -> Outcome:
 
 def _tuned(library: Library, out: Path) -> dict[Cell, Float[np.ndarray, " n"]]:
     """Scores of the held-out documents by adapters and head."""
-    asked = cells(library.config, lora=True)
-    folder = out.parent / ADAPTERS
-    files = {cell: folder / f"{cell.name}-{_adapter_key(library, cell)}.json" for cell in asked}
-    todo = [cell for cell in asked if not files[cell].exists()]
-    config = library.config
-    tuner = open_tuner(config, adapter_settings(config, 1), library.model) if todo else None
-    for cell in todo:
-        assert tuner is not None
-        training, state = (
-            library.take(np.concatenate([library.seed, _added(library, cell)])),
-            files[cell].with_suffix(""),
-        )
-        tuner = replace(tuner, settings=adapter_settings(config, len(training.ids)))
-        learned = tune(tuner, groups_of(training), cell.seed, state)
-        scores_n = score_texts(tuner, learned, groups_of(library.heldout))[:, 0]
-        _keep(files[cell], {"scores": scores_n.tolist()})
-        shutil.rmtree(state)
+    config, folder = library.config, out.parent / ADAPTERS
+    training = {cell: _training(library, cell) for cell in cells(config, lora=True)}
+    files = {cell: folder / f"{cell.name}-{_adapter_key(library, cell, some)}.json" for cell, some in training.items()}
+    todo = [cell for cell, file in files.items() if not file.exists()]
+    if todo:
+        tuner, heldout = open_tuner(config, adapter_settings(config, 1), library.model), groups_of(library.heldout)
+        for cell in todo:
+            state, settings = files[cell].with_suffix(""), adapter_settings(config, len(training[cell].ids))
+            learned = tune(replace(tuner, settings=settings), groups_of(training[cell]), cell.seed, state)
+            _keep(files[cell], {"scores": score_texts(tuner, learned, heldout)[:, 0].tolist()})
+            shutil.rmtree(state)
     return {cell: np.array(json.loads(file.read_text(encoding="utf-8"))["scores"]) for cell, file in files.items()}
 
 
-def _adapter_key(library: Library, cell: Cell) -> str:
+def _training(library: Library, cell: Cell) -> Examples:
+    return library.take(np.concatenate([library.seed, _added(library, cell)]))
+
+
+def _adapter_key(library: Library, cell: Cell, training: Examples) -> str:
     """Of all that decides what the adapters of a cell learn and score."""
-    training = library.take(np.concatenate([library.seed, _added(library, cell)]))
     settings = replace(adapter_settings(library.config, len(training.ids)), seeds=())
     documents = [training.ids, training.positive_n.tolist(), library.heldout.ids]
     return digest([settings, cell.seed, documents, library.model, library.config.backbone.dtype])

@@ -12,7 +12,7 @@ from functools import reduce
 from pathlib import Path
 
 import numpy as np
-from jaxtyping import Bool
+from jaxtyping import Bool, Float32
 from scipy.sparse import csr_array, vstack
 
 from fac_jax.config import Config
@@ -52,6 +52,8 @@ class Diverse:
 
     here: measure.Embedded | None
     reference: measure.Embedded | None
+    centres_cd: Float32[np.ndarray, "c d"] | None
+    """Of the reference's clusters."""
     parsed: syntax.Parsed | None
 
 
@@ -155,13 +157,14 @@ def _selection(peaks_nf: csr_array, anchor: Sequence[int], seed: Rows, coverage:
 
 
 def _diverse(config: Config, texts: Sequence[str]) -> Diverse:
-    settings, here, there, parsed = config.diversity, None, None, None
+    settings, here, there, centres_cd, parsed = config.diversity, None, None, None, None
     if settings.embedding_model is not None and measure.why_no_embeddings(settings.embedding_model) is None:
         encoder = load_encoder(settings.embedding_model)
         here, there = measure.embed(encoder, documents_of(texts)), measure.embed_reference(config, encoder)
+        centres_cd = measure.centres_of(there, settings, config.run.seed)
     if settings.pos_model is not None and syntax.why_absent(settings.pos_model) is None:
         parsed = syntax.parse(texts, settings.pos_model)
-    return Diverse(here, there, parsed)
+    return Diverse(here, there, centres_cd, parsed)
 
 
 def documents_of(texts: Sequence[str]) -> list[Document]:

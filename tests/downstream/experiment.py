@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from fac_jax.config import Config
 from fac_jax.downstream.finetune import finetune
+from fac_jax.downstream.tune import tune
+from fac_jax.errors import Stopped
 
 
 @dataclasses.dataclass
@@ -32,3 +35,14 @@ class Experiment:
 
     def write(self, name: str, rows: list[dict[str, Any]]) -> None:
         (self.folder / f"{name}.jsonl").write_text("".join(json.dumps(one) + "\n" for one in rows))
+
+
+def stopping_before(arm: str) -> Callable[[Any, Any, int, Path], Any]:
+    """Trains as ever, and is stopped when an arm's turn comes."""
+
+    def tiring(tuner: Any, groups: Any, seed: int, folder: Path) -> Any:
+        if folder.parent.name == arm:
+            raise Stopped("SIGTERM")
+        return tune(tuner, groups, seed, folder)
+
+    return tiring

@@ -25,6 +25,7 @@ from fac_jax.mesh import make_mesh
 from fac_jax.scan.parts import Identity
 from fac_jax.scan.tables import DOCUMENTS, PEAKS
 from tests.backbone.tiny_backbone import tiny_tokenizer, write_model
+from tests.downstream.experiment import stopping_before
 
 NICE, VILE = ["good", "kind", "calm"], ["bad", "vile", "cruel"]
 PLAIN = ["the", "a", "dog", "cat", "is", "was", "very"]
@@ -221,12 +222,7 @@ def test_a_stopped_arm_is_gone_on_with(tuned: Experiment, monkeypatch: pytest.Mo
     undisturbed = {f: f.read_bytes() for f in sorted(tuned.out.rglob("*")) if f.is_file()}
     shutil.rmtree(tuned.out)
 
-    def tiring(tuner: Any, groups: Any, seed: int, folder: Path) -> Any:
-        if folder.parent.name == "seed+kept":
-            raise Stopped("SIGTERM")
-        return tune(tuner, groups, seed, folder)
-
-    monkeypatch.setattr(module, "tune", tiring)
+    monkeypatch.setattr(module, "tune", stopping_before("seed+kept"))
     with pytest.raises(Stopped):
         tuned.run()
     assert (tuned.out / "arms" / "seed+random" / "seed-42" / "adapter_model.safetensors").exists()

@@ -35,7 +35,7 @@ from fac_jax.llm.fake import FakeServer
 from fac_jax.llm.question import data_shown
 from fac_jax.mesh import make_mesh
 from tests.backbone.test_model import CASES, hugging_face, whole
-from tests.downstream.experiment import Experiment
+from tests.downstream.experiment import Experiment, stopping_before
 from tests.downstream.test_lora import LORA, filled
 
 ARMS = ("seed", "seed+random", "seed+kept")
@@ -172,12 +172,7 @@ def test_stopped_between_arms_it_ends_with_the_same_bytes(
     undisturbed = {f: f.read_bytes() for f in sorted(experiment.out.rglob("*")) if f.is_file()}
     shutil.rmtree(experiment.out)
 
-    def tiring(tuner: Any, groups: Any, seed: int, folder: Path) -> Any:
-        if folder.parent.name == "seed+kept":
-            raise Stopped("SIGTERM")
-        return tune(tuner, groups, seed, folder)
-
-    monkeypatch.setattr(module, "tune", tiring)
+    monkeypatch.setattr(module, "tune", stopping_before("seed+kept"))
     with pytest.raises(Stopped):
         experiment.run()
     written = experiment.out / "arms/seed+random/model_outputs.json"
