@@ -9,10 +9,11 @@ explain and judge: the features are the same, and only the samples are another w
 
 from __future__ import annotations
 
+import csv
 import json
 import os
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +57,8 @@ FEW_ANSWERS = (
 """What an instruction model is trained on and measured by, made small."""
 NEW_TOKENS = {"toxicity": 48, "instruction_following": 192}
 """Tokens of a reply at most; 128 for the other tasks."""
+COMPARES_ANSWERS = "instruction_following"
+"""There the server has a part in training's figures too; of the other tasks it only writes."""
 ONLY_WRITES = "--explain.method embedded --judge.method embedded --llm.no-cache --llm.timeout-s 600".split()
 
 
@@ -74,16 +77,18 @@ def test_the_backbone_writes(task: str, export: str, folders: Path) -> None:
     run(task, folders / task)
     check(task, folders / task, "embedded:")
     check_export(task, folders / task, export)
-    made = records(folders / task)
-    run(task, folders / task)
-    assert made == records(folders / task), "run again it does nothing"
 
 
 @pytest.mark.parametrize(("task", "export"), EXPORTS)
 def test_a_server_writes(task: str, export: str, folders: Path, server: Running) -> None:
     folder = made_by_the_backbone(task, folders)
     before = records(folder)
-    run(task, folder, *server_flags(server), *ONLY_WRITES)
+    written = (*server_flags(server), *ONLY_WRITES)
+    if task == COMPARES_ANSWERS:
+        run(task, folder, *written)
+    else:
+        run(task, folder, *written, verb="synthesize")
+        run(task, folder, *written, "--data", "kept", verb="scan")
     check(task, folder, "http:")
     check_export(task, folder, export)
     same = ("scans/anchor", "scans/seed", "explanations", "relevance", "coverage")
@@ -129,7 +134,7 @@ def check(task: str, folder: Path, writer: str) -> None:
         f"{wrote['target_hit_rate']:.1%} of {wrote['missing']} missing features hit"
     )
     candidates = pq.read_table(folder / "synthesis/candidates.parquet").to_pylist()
-    kept = [json.loads(line) for line in (folder / "synthesis/kept.jsonl").read_text().splitlines()]
+    kept = list(read_rows(folder / "synthesis/kept.jsonl"))
     assert kept and len(candidates) == written and len(kept) == wrote["kept"]
     assert all(row["generator"].startswith(writer) for row in (*kept, *candidates))
     assert all(row["valid"] or row["reason"] for row in candidates)
@@ -145,11 +150,20 @@ def check_export(task: str, folder: Path, form: str) -> None:
     with tempfile.TemporaryDirectory() as place:
         to = Path(place) / form
         print(fac("export", CONFIGS[task], "--run.dir", str(folder), "--format", form, "--to", str(to)))
-        kept = (folder / "synthesis/kept.jsonl").read_text().splitlines()
-        (rows,) = (file for file in to.iterdir() if file.name != "provenance.jsonl")
-        said = rows.read_text()
-        found = json.loads(said) if rows.suffix == ".json" else said.splitlines()
-        assert len(found) == len(kept) > 0
+        kept = list(read_rows(folder / "synthesis/kept.jsonl"))
+        (exported,) = (file for file in to.iterdir() if file.name != "provenance.jsonl")
+        assert len(list(read_rows(exported))) == len(kept) > 0
+
+
+def read_rows(path: Path) -> Iterable[Any]:
+    """The rows of a file, by its format: a text within a row may hold line breaks."""
+    with path.open(encoding="utf-8", newline="") as file:
+        if path.suffix == ".tsv":
+            yield from csv.reader(file, delimiter="\t")
+        elif path.suffix == ".json":
+            yield from json.load(file)
+        else:
+            yield from map(json.loads, file)
 
 
 def assert_well_formed(task: str, sample: Mapping[str, Any], candidate: Mapping[str, Any]) -> None:
