@@ -13,7 +13,7 @@ from pathlib import Path
 
 import jax
 
-from fac_jax.config import Config
+from fac_jax.config.file import Config
 from fac_jax.corpus_files import local_files, resolve
 from fac_jax.errors import UserError
 from fac_jax.llm.http import HttpGenerator

@@ -13,7 +13,7 @@ import pytest
 
 from fac_jax import cli
 from fac_jax.cli import entry, verbs
-from fac_jax.config import Config
+from fac_jax.config.file import Config
 
 ROOT = Path(__file__).parent.parent
 QUICKSTART = str(ROOT / "configs/quickstart.yaml")

@@ -22,7 +22,7 @@ from fac_jax import __version__
 from fac_jax.cli import words
 from fac_jax.cli.options import in_full, take_options
 from fac_jax.cli.verbs import OPTIONS, VERBS, Verb
-from fac_jax.config import Config, load_config
+from fac_jax.config.file import Config, load_config
 from fac_jax.distributed import STOPPED, is_first, leave, start
 from fac_jax.errors import Stopped, Unfinished, UserError
 from fac_jax.plain import suggest

@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 import yaml
 
-from fac_jax.config import Config, load_config, to_yaml
+from fac_jax.config.file import Config, load_config, to_yaml
 from fac_jax.errors import UserError
 from fac_jax.plain import digest, from_plain, to_plain
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").rglob("*.yaml")), ids=lambda p: p.name)
