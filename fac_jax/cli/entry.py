@@ -42,6 +42,7 @@ def _main(arguments: list[str]) -> int:
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     for noisy in ("absl", "jax", "aiohttp", "transformers", "huggingface_hub"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
+    logging.getLogger("huggingface_hub").propagate = False  # it prints what it says itself
     logging.getLogger("orbax").setLevel(logging.CRITICAL)  # what it reports from its threads is raised as well
     errors = Console(stderr=True, highlight=False, soft_wrap=True)
     try:

@@ -99,7 +99,7 @@ def to_yaml(config: Config) -> str:
 def _read(path: Path, above: tuple[Path, ...]) -> dict[str, Any]:
     """A file over its base, as plain values; `above` are the files that led to it."""
     try:
-        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+        raw = _values(path, path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         hint = f"base of {above[-1]}" if above else "configs/quickstart.yaml is one to start from"
         raise UserError(f"config {path} does not exist; {hint}") from None
@@ -119,6 +119,40 @@ def _read(path: Path, above: tuple[Path, ...]) -> dict[str, Any]:
     under = _read(path.parent / base, (*above, here))
     from_plain(Config, under, str(path.parent / base))  # what is wrong with the base is said of the base
     return _over(under, raw)
+
+
+def _values(path: Path, text: str) -> Any:
+    """What `yaml.safe_load` gives; it takes the last of two equal keys without a word, which is an error here."""
+    loader = yaml.SafeLoader(text)
+    try:
+        root = loader.get_single_node()
+        if root is None:
+            return None
+        _check_keys(path, root)
+        return loader.construct_document(root)
+    finally:
+        loader.dispose()
+
+
+def _check_keys(path: Path, root: yaml.Node) -> None:
+    """Raise UserError for a key that a mapping has twice; what `<<` merges is not yet in it."""
+    waiting, seen = [root], set[int]()  # an anchored node is met again at each of its aliases
+    while waiting:
+        node = waiting.pop(0)
+        if id(node) in seen or isinstance(node, yaml.ScalarNode):
+            continue
+        seen.add(id(node))
+        pairs = node.value if isinstance(node, yaml.MappingNode) else [(None, value) for value in node.value]
+        lines: dict[str, int] = {}
+        for key, value in pairs:
+            if isinstance(key, yaml.ScalarNode):
+                name, line = key.value, key.start_mark.line + 1
+                check(
+                    name not in lines,
+                    f"config {path}: {name!r} is in line {lines.get(name)} and in line {line}; keep one",
+                )
+                lines[name] = line
+            waiting.append(value)
 
 
 def _over(under: Any, above: Any) -> Any:
