@@ -24,7 +24,8 @@ from types import TracebackType
 
 import numpy as np
 
-from fac_jax.config import Config, MeshConfig
+from fac_jax.config.file import Config
+from fac_jax.config.machine import MeshConfig
 from fac_jax.errors import UserError, first_line
 from fac_jax.plain import digest
 

@@ -13,12 +13,15 @@ from pathlib import Path
 
 import jax
 
-from fac_jax.config import Config
-from fac_jax.corpus_files import local_files, resolve
+from fac_jax.backbone.weights import open_model
+from fac_jax.config.file import Config
+from fac_jax.corpus_files import resolve
 from fac_jax.errors import UserError
 from fac_jax.llm.http import HttpGenerator
 from fac_jax.mesh import make_mesh
+from fac_jax.pipeline import scanned
 from fac_jax.runs import versions
+from fac_jax.text import read_documents
 
 PATIENCE_S = 30.0
 """Seconds for a server to answer; one that loads its model first may take longer, and is not ready then."""
@@ -56,18 +59,23 @@ def _mesh(config: Config) -> str:
 
 
 def _model(config: Config) -> str:
-    source = config.backbone.model
-    if source.startswith("pkg://") or source.endswith(".gguf"):
-        (file,) = local_files(source)
-        return f"{file.name}, {file.stat().st_size / 2**20:,.0f} MiB"
-    return (
-        f"{source} ({'a local directory' if Path(source).is_dir() else 'fetched from the model hub at the first run'})"
-    )
+    """What the model's own config says; of one on the hub only that small file is fetched."""
+    source, layers = config.backbone.model, (*config.harvested_layers, *config.sweep.layers)
+    has, _ = open_model(source)
+    if max(layers) > has.n_layers:
+        raise UserError(
+            f"{source}: the model has {has.n_layers} layers, config asks {max(layers)}; lower backbone.layer, "
+            "harvest.layers or sweep.layers"
+        )
+    read = ", ".join(map(str, sorted({*layers})))
+    return f"{source}: width {has.d_model:,}, {has.n_layers} layers; read at {read}"
 
 
 def _data(config: Config, name: str) -> str:
     dataset = config.data[name]
     files = [file for source in (*dataset.sources, *dataset.without) for file in resolve(source.path)]
+    if name in (config.harvest.data, *scanned(config)):  # others may hold pairs or answers, in fields of their own
+        next(read_documents(dataset, name))
     return f"{len(files)} files, {sum(file.size for file in files) / 2**20:,.2f} MiB"
 
 

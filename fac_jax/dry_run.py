@@ -23,7 +23,7 @@ from rich.table import Table
 from rich.text import Text
 
 from fac_jax.backbone.weights import load_tokenizer
-from fac_jax.config import Config
+from fac_jax.config.file import Config
 from fac_jax.downstream.arms import COMPARED
 from fac_jax.errors import UserError
 from fac_jax.features.explain import active_features, explain_with, generation_features, later_requests

@@ -21,7 +21,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Shaped
 
-from fac_jax.config import MeshConfig
+from fac_jax.config.machine import MeshConfig
 from fac_jax.errors import UserError
 
 DATA = "data"

@@ -17,7 +17,8 @@ import numpy as np
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerFast
 
-from fac_jax.config import BackboneConfig, DataSet
+from fac_jax.config.activations import BackboneConfig
+from fac_jax.config.data import DataSet
 from fac_jax.errors import UserError
 from fac_jax.text import USER, Document, read_documents
 

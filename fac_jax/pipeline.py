@@ -18,7 +18,11 @@ from typing import Any
 
 from fac_jax.activations.harvest import harvest
 from fac_jax.activations.store import read_manifest, stores_at
-from fac_jax.config import Config, DataSet, ExplainConfig, JudgeConfig, LlmConfig, ScanConfig, SweepConfig
+from fac_jax.config.data import DataSet
+from fac_jax.config.features import ExplainConfig, JudgeConfig, ScanConfig
+from fac_jax.config.file import Config
+from fac_jax.config.llm import LlmConfig
+from fac_jax.config.sae import SweepConfig
 from fac_jax.corpus_files import fingerprints as corpus_fingerprints
 from fac_jax.corpus_files import local_files
 from fac_jax.coverage.measure import coverage, evaluate

@@ -25,7 +25,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from fac_jax.config import Config, to_yaml
+from fac_jax.config.file import Config, to_yaml
 from fac_jax.distributed import Process, check_same, from_first, is_first, wait_for_all
 from fac_jax.errors import UserError
 from fac_jax.plain import digest, to_plain

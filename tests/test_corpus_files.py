@@ -22,7 +22,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from fac_jax import corpus_files, remote_file, text
-from fac_jax.config import DataSet, Source
+from fac_jax.config.data import DataSet, Source
 from fac_jax.corpus_files import LocalFile, fingerprints, matches, resolve
 from fac_jax.errors import UserError
 from fac_jax.runs import fingerprint

@@ -10,7 +10,11 @@ import pytest
 from rich.console import Console
 
 from fac_jax import dry_run
-from fac_jax.config import Config, ExplainConfig, JudgeConfig, LlmConfig, RunConfig, StudyConfig, load_config
+from fac_jax.config.downstream import StudyConfig
+from fac_jax.config.features import ExplainConfig, JudgeConfig
+from fac_jax.config.file import Config, load_config
+from fac_jax.config.llm import LlmConfig
+from fac_jax.config.machine import RunConfig
 from fac_jax.dry_run import estimate, estimates, table
 from fac_jax.errors import UserError
 from fac_jax.llm.cache import open_cache

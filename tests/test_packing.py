@@ -13,7 +13,8 @@ from tokenizers.decoders import ByteLevel
 from transformers import PreTrainedTokenizerFast
 
 from fac_jax import packing
-from fac_jax.config import BackboneConfig, DataSet, Source
+from fac_jax.config.activations import BackboneConfig
+from fac_jax.config.data import DataSet, Source
 from fac_jax.errors import UserError
 from fac_jax.packing import EncodedDocument, batches, encode, encode_all, pack
 from fac_jax.text import Document, Turn, make_document

@@ -13,7 +13,9 @@ from pathlib import Path
 
 import pytest
 
-from fac_jax.config import Source, StudyConfig, load_config
+from fac_jax.config.data import Source
+from fac_jax.config.downstream import StudyConfig
+from fac_jax.config.file import load_config
 from fac_jax.pipeline import data_fingerprint, pipeline
 from fac_jax.plain import digest
 from fac_jax.runs import RECORD, Record, Stage, read_record

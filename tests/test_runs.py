@@ -13,7 +13,8 @@ from typing import Any
 
 import pytest
 
-from fac_jax.config import Config, RunConfig
+from fac_jax.config.file import Config
+from fac_jax.config.machine import RunConfig
 from fac_jax.errors import UserError
 from fac_jax.runs import PARTIAL, RECORD, Run, Stage, fingerprint, read_record, writing
 
@@ -130,7 +131,7 @@ def test_a_damaged_product_is_named(recorder: Recorder, config: Config) -> None:
 
 
 def test_a_busy_run_directory_names_its_owner(config: Config) -> None:
-    code = "import sys; from fac_jax.runs import Run; from fac_jax.config import *\n"
+    code = "import sys; from fac_jax.runs import Run; from fac_jax.config.file import *\n"
     code += f"Run(Config(run=RunConfig(dir={config.run.dir!r}))).__enter__(); print('in', flush=True); sys.stdin.read()"
     with subprocess.Popen(
         [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True

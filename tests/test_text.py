@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from fac_jax import text
-from fac_jax.config import DataSet, Source
+from fac_jax.config.data import DataSet, Source
 from fac_jax.corpus_files import resolve
 from fac_jax.errors import UserError
 from fac_jax.text import Turn, count_documents, document_hash, make_document, read_documents

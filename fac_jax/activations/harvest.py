@@ -39,7 +39,7 @@ from fac_jax.activations.store import (
 )
 from fac_jax.activations.writer import StoreWriter
 from fac_jax.backbone.weights import Loaded, load_backbone
-from fac_jax.config import Config
+from fac_jax.config.file import Config
 from fac_jax.distributed import Process, wait_for_all
 from fac_jax.errors import UserError
 from fac_jax.mesh import own_mesh

@@ -39,7 +39,7 @@ from fac_jax.activations.positions import Dealer, Piece, Position, Positions, cu
 from fac_jax.activations.rows import Rows, empty_rows, row_dtype
 from fac_jax.activations.stream import shares
 from fac_jax.backbone.weights import load_backbone
-from fac_jax.config import Config
+from fac_jax.config.file import Config
 from fac_jax.distributed import beat, from_first, is_first, wait_for_all
 from fac_jax.errors import UserError
 from fac_jax.mesh import own_mesh, starting

@@ -43,7 +43,7 @@ from fac_jax.activations.manifest import (
     identity,
     reduce_parts,
 )
-from fac_jax.config import Config
+from fac_jax.config.file import Config
 from fac_jax.errors import UserError
 
 log = logging.getLogger(__name__)

@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from fac_jax.cli.options import EXPORT
-from fac_jax.config import Config
+from fac_jax.config.file import Config
 from fac_jax.distributed import is_first
 from fac_jax.errors import UserError
 from fac_jax.plain import suggest, to_plain

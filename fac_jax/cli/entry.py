@@ -22,7 +22,7 @@ from fac_jax import __version__
 from fac_jax.cli import words
 from fac_jax.cli.options import in_full, take_options
 from fac_jax.cli.verbs import OPTIONS, VERBS, Verb
-from fac_jax.config import Config, load_config
+from fac_jax.config.file import Config, load_config
 from fac_jax.distributed import STOPPED, is_first, leave, start
 from fac_jax.errors import Stopped, Unfinished, UserError
 from fac_jax.plain import suggest
@@ -42,6 +42,7 @@ def _main(arguments: list[str]) -> int:
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     for noisy in ("absl", "jax", "aiohttp", "transformers", "huggingface_hub"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
+    logging.getLogger("huggingface_hub").propagate = False  # it prints what it says itself
     logging.getLogger("orbax").setLevel(logging.CRITICAL)  # what it reports from its threads is raised as well
     errors = Console(stderr=True, highlight=False, soft_wrap=True)
     try:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 from fac_jax.cli import commands
 from fac_jax.cli.options import EXPORT
-from fac_jax.config import Config
+from fac_jax.config.file import Config
 
 
 @dataclass(frozen=True)

@@ -104,7 +104,7 @@ def _compare(arguments: list[str]) -> int:
     if len(rest) != 1 or rest[0].startswith("-"):
         raise UserError(f"`fac coverage {' '.join(arguments)}` needs one scan beside --vs: {COMPARE_USAGE} --help")
 
-    from fac_jax.config import CoverageConfig
+    from fac_jax.config.coverage import CoverageConfig
     from fac_jax.coverage import compare as module
 
     try:

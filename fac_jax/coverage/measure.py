@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 from jaxtyping import Bool, Int
 from scipy.sparse import csr_array, vstack
 
-from fac_jax.config import Config
+from fac_jax.config.file import Config
 from fac_jax.coverage import fac as arithmetic
 from fac_jax.coverage.validity import validity
 from fac_jax.errors import UserError

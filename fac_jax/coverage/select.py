@@ -20,7 +20,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from jaxtyping import Bool, Int
 
-from fac_jax.config import Config, SelectConfig
+from fac_jax.config.coverage import SelectConfig
+from fac_jax.config.file import Config
 from fac_jax.coverage import choose
 from fac_jax.coverage.choose import Budget, Pick
 from fac_jax.coverage.pool import Pool, read_documents_at, read_pool

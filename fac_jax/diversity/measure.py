@@ -20,7 +20,8 @@ from typing import Any, Literal
 import numpy as np
 from jaxtyping import Float32
 
-from fac_jax.config import Config, DiversityConfig
+from fac_jax.config.coverage import DiversityConfig
+from fac_jax.config.file import Config
 from fac_jax.diversity import syntax, vectors
 from fac_jax.diversity import words as lexical
 from fac_jax.diversity.bert import Encoder, folder_of, load_encoder, unit

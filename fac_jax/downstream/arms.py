@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from fac_jax.config import Config, DataSet, Source
+from fac_jax.config.data import DataSet, Source
+from fac_jax.config.file import Config
 from fac_jax.downstream.lora import save_peft
 from fac_jax.downstream.pieces import Group
 from fac_jax.downstream.published import Example, Kind, Read, read_examples

@@ -17,7 +17,8 @@ import numpy as np
 from jaxtyping import Int
 from transformers import PreTrainedTokenizerFast
 
-from fac_jax.config import Source, SteerConfig
+from fac_jax.config.data import Source
+from fac_jax.config.downstream import SteerConfig
 from fac_jax.errors import UserError
 from fac_jax.text import document_hash, read_rows
 

@@ -28,7 +28,8 @@ import pyarrow.parquet as pq
 from jaxtyping import Bool, Float, Int
 
 from fac_jax.backbone.weights import load_backbone
-from fac_jax.config import Config, FinetuneConfig
+from fac_jax.config.downstream import FinetuneConfig
+from fac_jax.config.file import Config
 from fac_jax.downstream.arms import COMPARED, check_disjoint, check_texts_disjoint, train_arms
 from fac_jax.downstream.evaluate import auprc, auroc, paired_bootstrap, spread
 from fac_jax.downstream.head import balanced, fit

@@ -27,7 +27,7 @@ import pyarrow.parquet as pq
 from jaxtyping import Float
 
 from fac_jax.backbone.weights import Loaded, load_backbone
-from fac_jax.config import Config
+from fac_jax.config.file import Config
 from fac_jax.downstream.arms import COMPARED, Arms, read_arms, read_outputs_for, train_arms
 from fac_jax.downstream.encode import Encoded, encode_examples
 from fac_jax.downstream.evaluate import bootstrap_mean, spread

@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from fac_jax.config import Config
+from fac_jax.config.file import Config
 from fac_jax.downstream.classifier import classifier
 from fac_jax.downstream.completions import completions
 from fac_jax.downstream.reward import reward

@@ -19,7 +19,7 @@ import numpy as np
 import optax
 from jaxtyping import Array, Bool, Float, Int
 
-from fac_jax.config import FinetuneConfig
+from fac_jax.config.downstream import FinetuneConfig
 
 INIT_STD = 0.02
 """Standard deviation of the head's first weights, as transformers initialises a classification head."""

@@ -27,7 +27,7 @@ from fac_jax.backbone.adapter import PREFIX
 from fac_jax.backbone.config import ModelConfig
 from fac_jax.backbone.model import Tree, parameters
 from fac_jax.backbone.weights import Loaded
-from fac_jax.config import LoraConfig
+from fac_jax.config.downstream import LoraConfig
 from fac_jax.mesh import FEATURE
 from fac_jax.runs import write_text, writing
 

@@ -25,7 +25,8 @@ from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from typing import Any, Literal
 
-from fac_jax.config import DataSet, FinetuneConfig
+from fac_jax.config.data import DataSet
+from fac_jax.config.downstream import FinetuneConfig
 from fac_jax.errors import UserError
 from fac_jax.text import ASSISTANT, USER, Turn, document_hash, parsed_rows
 from fac_jax.words import words

@@ -27,7 +27,7 @@ from flax import nnx
 from jaxtyping import Bool, Float
 
 from fac_jax.backbone.weights import load_backbone
-from fac_jax.config import Config
+from fac_jax.config.file import Config
 from fac_jax.downstream.arms import COMPARED, Arms, read_arms, train_arms
 from fac_jax.downstream.encode import Encoded, encode_examples
 from fac_jax.downstream.evaluate import bootstrap_mean, spread

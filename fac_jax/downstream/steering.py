@@ -38,7 +38,7 @@ from fac_jax.backbone.decode import Steering, extend, unrolled, zero_cache
 from fac_jax.backbone.generate import padded_size
 from fac_jax.backbone.model import logits, residual
 from fac_jax.backbone.weights import Loaded, load_backbone
-from fac_jax.config import Config
+from fac_jax.config.file import Config
 from fac_jax.downstream.choices import Asked, Question, ask_all, read_questions, read_samples
 from fac_jax.downstream.equal_norm import Behaviour, behaviours_with, equal_norm, of_length
 from fac_jax.downstream.evaluate import spread

@@ -25,7 +25,8 @@ from jaxtyping import Array, Float
 
 from fac_jax.backbone.model import Tree
 from fac_jax.backbone.weights import Loaded
-from fac_jax.config import BackboneConfig, FinetuneConfig
+from fac_jax.config.activations import BackboneConfig
+from fac_jax.config.downstream import FinetuneConfig
 from fac_jax.distributed import heeding_sigterm
 from fac_jax.downstream.head import INIT_STD, minibatches
 from fac_jax.downstream.lora import adapters, init_lora

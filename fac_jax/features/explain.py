@@ -25,7 +25,7 @@ import pyarrow.parquet as pq
 from transformers import PreTrainedTokenizerFast
 
 from fac_jax.backbone.weights import load_backbone, load_tokenizer
-from fac_jax.config import Config
+from fac_jax.config.file import Config
 from fac_jax.features.ask import ask
 from fac_jax.features.embedded import decoded, named_tokens, promotes, token_counts, wording
 from fac_jax.features.scores.generation import Generated, score_generated

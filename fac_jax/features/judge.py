@@ -23,7 +23,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from jaxtyping import Bool
 
-from fac_jax.config import Config, JudgeConfig
+from fac_jax.config.features import JudgeConfig
+from fac_jax.config.file import Config
 from fac_jax.errors import UserError
 from fac_jax.features.explain import active_features
 from fac_jax.features.passes import judge_with

@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 
-from fac_jax.config import Config
+from fac_jax.config.file import Config
 from fac_jax.errors import UserError
 from fac_jax.features.agreement import agreement
 from fac_jax.features.ask import ask

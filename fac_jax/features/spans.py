@@ -21,7 +21,7 @@ import numpy as np
 from jaxtyping import Bool, Float32, Int32, Int64
 from transformers import PreTrainedTokenizerFast
 
-from fac_jax.config import ExplainConfig
+from fac_jax.config.features import ExplainConfig
 from fac_jax.scan.product import Scan
 from fac_jax.scan.spans import bounds_around, decode, span_text, turns
 from fac_jax.text import document_hash

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 import numpy as np
 from jaxtyping import Float, Float32
 
-from fac_jax.config import Config
+from fac_jax.config.file import Config
 
 if TYPE_CHECKING:
     from jax.sharding import Mesh

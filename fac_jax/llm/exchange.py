@@ -20,7 +20,7 @@ from urllib.parse import urlsplit
 
 import aiohttp
 
-from fac_jax.config import LlmConfig
+from fac_jax.config.llm import LlmConfig
 from fac_jax.errors import UserError
 from fac_jax.llm.client import Reply, Request
 

@@ -19,7 +19,8 @@ from typing import Any, TypeVar
 
 import aiohttp
 
-from fac_jax.config import Config, LlmConfig
+from fac_jax.config.file import Config
+from fac_jax.config.llm import LlmConfig
 from fac_jax.errors import UserError
 from fac_jax.llm.cache import Cache, keys, open_cache
 from fac_jax.llm.client import OnReply, Reply, Request

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fac_jax.config import LlmConfig
+from fac_jax.config.llm import LlmConfig
 from fac_jax.errors import UserError
 from fac_jax.llm.client import Reply, Request
 from fac_jax.runs import whole_lines

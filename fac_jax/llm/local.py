@@ -16,7 +16,7 @@ from jaxtyping import Float, Float32
 
 from fac_jax.backbone.generate import generate
 from fac_jax.backbone.weights import Loaded, load_backbone
-from fac_jax.config import Config
+from fac_jax.config.file import Config
 from fac_jax.errors import UserError
 from fac_jax.llm.client import Directions, Message, OnReply, Reply, Request
 from fac_jax.llm.fluency import nats_per_token

@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from fac_jax.config import Config
+from fac_jax.config.file import Config
 from fac_jax.errors import UserError
 from fac_jax.llm.exchange import read_models
 from fac_jax.llm.process_group import Ended, Leader, alive, end, leader, members, memory_bytes, require_linux

@@ -17,7 +17,8 @@ from pathlib import Path
 import numpy as np
 
 from fac_jax import __version__
-from fac_jax.config import Config, SidecarConfig
+from fac_jax.config.file import Config
+from fac_jax.config.llm import SidecarConfig
 from fac_jax.corpus_files import local_files
 from fac_jax.errors import UserError
 from fac_jax.llm.cache import cache_folder

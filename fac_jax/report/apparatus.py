@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from fac_jax.config import DataSet, Source, TrainConfig, to_yaml
+from fac_jax.config.data import DataSet, Source
+from fac_jax.config.file import to_yaml
+from fac_jax.config.sae import TrainConfig
 from fac_jax.report.blocks import Section, absent, chip, entry, facts, numbers, table, texts, veil
 from fac_jax.report.figures import Series, bar_figure, line_figure, number
 from fac_jax.report.markup import Html, join, tag

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from fac_jax import __version__
-from fac_jax.config import Config
+from fac_jax.config.file import Config
 from fac_jax.report import apparatus, gain, gap
 from fac_jax.report.ablations import ablations
 from fac_jax.report.blocks import Section, render

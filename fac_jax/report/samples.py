@@ -20,7 +20,7 @@ from rich.table import Table
 from rich.text import Text
 
 from fac_jax.backbone.weights import load_tokenizer
-from fac_jax.config import Config
+from fac_jax.config.file import Config
 from fac_jax.errors import UserError
 from fac_jax.plain import suggest
 from fac_jax.report.markup import visible

@@ -16,7 +16,7 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from fac_jax.config import load_config
+from fac_jax.config.file import load_config
 from fac_jax.report.costs import said
 from fac_jax.report.explanations import agreed, interval, suspects
 from fac_jax.report.markup import visible

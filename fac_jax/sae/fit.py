@@ -29,7 +29,7 @@ from jax.sharding import Mesh
 from jaxtyping import BFloat16, Float64
 
 from fac_jax.activations.rows import Rows
-from fac_jax.config import TrainConfig
+from fac_jax.config.sae import TrainConfig
 from fac_jax.distributed import beat, heeding_sigterm, is_first
 from fac_jax.errors import Stopped, UserError
 from fac_jax.mesh import DATA, place_rows, starting

@@ -20,7 +20,7 @@ import optax
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
-from fac_jax.config import SaeConfig, TrainConfig
+from fac_jax.config.sae import SaeConfig, TrainConfig
 from fac_jax.errors import UserError
 from fac_jax.mesh import FEATURE, matmul_dtype
 from fac_jax.sae.dense import dense_pays, dense_share

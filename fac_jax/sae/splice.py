@@ -38,7 +38,8 @@ from fac_jax.activations.manifest import check_holds
 from fac_jax.activations.reader import StoreReader
 from fac_jax.activations.store import store_of
 from fac_jax.backbone.weights import Loaded, load_backbone
-from fac_jax.config import BackboneConfig, Config
+from fac_jax.config.activations import BackboneConfig
+from fac_jax.config.file import Config
 from fac_jax.errors import UserError
 from fac_jax.mesh import DATA, make_mesh
 from fac_jax.packing import EncodedDocument, PackedBatch, encode, pack

@@ -25,7 +25,8 @@ from fac_jax.activations.manifest import check_holds
 from fac_jax.activations.reader import StoreReader
 from fac_jax.activations.store import layer_path, store_of
 from fac_jax.activations.stream import batches, streams_for
-from fac_jax.config import Config, SaeConfig, TrainConfig, Variant
+from fac_jax.config.file import Config
+from fac_jax.config.sae import SaeConfig, TrainConfig, Variant
 from fac_jax.distributed import is_first
 from fac_jax.mesh import make_mesh, own_rows, platform
 from fac_jax.plain import to_plain

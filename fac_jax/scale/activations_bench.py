@@ -29,7 +29,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Literal
 
-from fac_jax.config import Config, load_config
+from fac_jax.config.file import Config, load_config
 from fac_jax.errors import UserError
 from fac_jax.plain import suggest
 from fac_jax.scale.contest import Device, Result, circumstances, run_json

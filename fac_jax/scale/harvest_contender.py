@@ -27,7 +27,9 @@ from fac_jax.activations.rows import row_dtype
 from fac_jax.activations.store import complete_store, create_store, writer_name
 from fac_jax.activations.writer import StoreWriter
 from fac_jax.backbone.weights import Loaded, load_backbone
-from fac_jax.config import BackboneConfig, Config, DataSet, HarvestConfig, Source
+from fac_jax.config.activations import BackboneConfig, HarvestConfig
+from fac_jax.config.data import DataSet, Source
+from fac_jax.config.file import Config
 from fac_jax.mesh import own_mesh
 from fac_jax.packing import batches
 from fac_jax.runs import versions

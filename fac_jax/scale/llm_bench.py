@@ -15,7 +15,7 @@ import time
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from fac_jax.config import LlmConfig
+from fac_jax.config.llm import LlmConfig
 from fac_jax.llm.cache import Cache
 from fac_jax.llm.client import Request
 from fac_jax.llm.exchange import chat_body

@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fac_jax.config import Config
+from fac_jax.config.file import Config
 from fac_jax.errors import UserError
 from fac_jax.progress import Bar, progress
 from fac_jax.runs import versions, write_text
@@ -212,7 +212,7 @@ def harvest_step(config: Config, model: ModelConfig, topology: Topology, bar: Ba
 
     Its mesh is a host's own, and has nothing to do with that of the training: hosts harvest alone.
     """
-    from fac_jax.config import MeshConfig
+    from fac_jax.config.machine import MeshConfig
     from fac_jax.mesh import make_mesh
     from fac_jax.scale.programs import OutOfMemory, compile_harvest
 

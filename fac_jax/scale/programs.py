@@ -21,7 +21,7 @@ from fac_jax.activations.rows import row_dtype
 from fac_jax.backbone.config import ModelConfig, read_model_config
 from fac_jax.backbone.model import Backbone, parameters
 from fac_jax.backbone.weights import DTYPES, Loaded, open_model
-from fac_jax.config import Config
+from fac_jax.config.file import Config
 from fac_jax.errors import UserError
 from fac_jax.mesh import DATA, FEATURE, platform, row_sharding
 from fac_jax.sae.problem import Problem, pose

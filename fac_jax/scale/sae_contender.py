@@ -24,7 +24,8 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
-from fac_jax.config import MeshConfig, SaeConfig, TrainConfig
+from fac_jax.config.machine import MeshConfig
+from fac_jax.config.sae import SaeConfig, TrainConfig
 from fac_jax.mesh import make_mesh
 from fac_jax.runs import versions
 from fac_jax.sae.problem import Problem, make_optimizer, pose

@@ -26,7 +26,7 @@ from typing import Any, Literal
 
 from rich.table import Table
 
-from fac_jax.config import load_config
+from fac_jax.config.file import load_config
 from fac_jax.errors import UserError
 from fac_jax.plain import suggest
 from fac_jax.scale.activations_bench import empty_folder, prepare, read_geometry, say

@@ -22,7 +22,10 @@ from typing import Any
 import jax
 
 from fac_jax.backbone.weights import Loaded
-from fac_jax.config import BackboneConfig, Config, DataSet, ScanConfig, Source
+from fac_jax.config.activations import BackboneConfig
+from fac_jax.config.data import DataSet, Source
+from fac_jax.config.features import ScanConfig
+from fac_jax.config.file import Config
 from fac_jax.packing import batches
 from fac_jax.runs import versions
 from fac_jax.sae.checkpoint import LoadedSae

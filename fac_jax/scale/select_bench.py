@@ -28,7 +28,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from fac_jax.config import Config, CoverageConfig, SelectConfig
+from fac_jax.config.coverage import CoverageConfig, SelectConfig
+from fac_jax.config.file import Config
 from fac_jax.coverage.select import select
 from fac_jax.scan.parts import Identity
 from fac_jax.scan.tables import DOCUMENTS, DOCUMENTS_PER_GROUP, PEAKS, PEAKS_PER_GROUP

@@ -20,7 +20,8 @@ from typing import get_args, get_type_hints
 import numpy as np
 from jaxtyping import Bool
 
-from fac_jax.config import Config, SelectConfig, load_config
+from fac_jax.config.coverage import SelectConfig
+from fac_jax.config.file import Config, load_config
 from fac_jax.coverage.choose import coverable
 from fac_jax.coverage.pool import Pool, read_pool
 from fac_jax.coverage.select import pick, target_features

@@ -30,7 +30,7 @@ from fac_jax.activations.rows import Rows
 from fac_jax.activations.store import complete_store, create_store, writer_name
 from fac_jax.activations.stream import WINDOW_BLOCKS, batches
 from fac_jax.activations.writer import StoreWriter
-from fac_jax.config import HarvestConfig
+from fac_jax.config.activations import HarvestConfig
 from fac_jax.runs import versions
 
 WRITER = writer_name(0)

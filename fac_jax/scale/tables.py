@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.table import Table
 
-from fac_jax.config import Config
+from fac_jax.config.file import Config
 from fac_jax.scale.cost import Cost
 
 if TYPE_CHECKING:

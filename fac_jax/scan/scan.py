@@ -29,7 +29,8 @@ import pyarrow.parquet as pq
 from jaxtyping import Bool
 
 from fac_jax.backbone.weights import Loaded
-from fac_jax.config import Config, DataSet, Source
+from fac_jax.config.data import DataSet, Source
+from fac_jax.config.file import Config
 from fac_jax.distributed import Process, beat, is_first, wait_for_all
 from fac_jax.errors import Unfinished, UserError
 from fac_jax.packing import PackedBatch, check_fits, encode_all, pack

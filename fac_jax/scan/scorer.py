@@ -15,7 +15,8 @@ import numpy as np
 from scipy.sparse import csr_array, vstack
 
 from fac_jax.backbone.weights import Loaded, load_backbone
-from fac_jax.config import BackboneConfig, Config
+from fac_jax.config.activations import BackboneConfig
+from fac_jax.config.file import Config
 from fac_jax.llm.client import Directions
 from fac_jax.mesh import own_mesh
 from fac_jax.packing import EncodedDocument, PackedBatch, encode_all, pack

@@ -20,7 +20,8 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
-from fac_jax.config import Config, FinetuneConfig
+from fac_jax.config.downstream import FinetuneConfig
+from fac_jax.config.file import Config
 from fac_jax.coverage import fac as arithmetic
 from fac_jax.diversity import measure, syntax
 from fac_jax.downstream.classifier import Examples, groups_of, head_scores, open_tuner

@@ -15,7 +15,7 @@ import numpy as np
 from jaxtyping import Bool, Float32
 from scipy.sparse import csr_array, vstack
 
-from fac_jax.config import Config
+from fac_jax.config.file import Config
 from fac_jax.coverage import fac as arithmetic
 from fac_jax.diversity import measure, syntax
 from fac_jax.diversity.bert import load_encoder

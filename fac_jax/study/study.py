@@ -23,7 +23,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from fac_jax.config import Config
+from fac_jax.config.file import Config
 from fac_jax.downstream.evaluate import paired_bootstrap
 from fac_jax.runs import write_text, writing
 from fac_jax.study.cells import METRICS, SEED_ALONE, Outcome, detection, measure_cells

@@ -20,7 +20,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from fac_jax.config import ArmConfig, Config
+from fac_jax.config.file import Config
+from fac_jax.config.synthesis import ArmConfig
 from fac_jax.features.task import load_task
 from fac_jax.runs import write_text
 from fac_jax.scan.product import Scan

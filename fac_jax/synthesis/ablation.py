@@ -27,7 +27,8 @@ from rich.text import Text
 from scipy.sparse import csr_array
 from scipy.stats import t as student
 
-from fac_jax.config import ArmConfig, Config
+from fac_jax.config.file import Config
+from fac_jax.config.synthesis import ArmConfig
 from fac_jax.coverage import fac as arithmetic
 from fac_jax.coverage.measure import missing_rows
 from fac_jax.errors import UserError

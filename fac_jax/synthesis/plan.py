@@ -17,7 +17,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from jaxtyping import Int
 
-from fac_jax.config import Config, SynthesizeConfig
+from fac_jax.config.file import Config
+from fac_jax.config.synthesis import SynthesizeConfig
 from fac_jax.features.task import Description, SampleShape, load_task
 from fac_jax.scan.product import Scan
 from fac_jax.synthesis.contrast import Target

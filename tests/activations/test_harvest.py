@@ -30,7 +30,10 @@ from fac_jax.activations.store import (
     store_of,
     writer_name,
 )
-from fac_jax.config import BackboneConfig, Config, DataSet, HarvestConfig, RunConfig, Source
+from fac_jax.config.activations import BackboneConfig, HarvestConfig
+from fac_jax.config.data import DataSet, Source
+from fac_jax.config.file import Config
+from fac_jax.config.machine import RunConfig
 from fac_jax.errors import UserError
 from fac_jax.mesh import DATA, sharding
 from fac_jax.packing import encode

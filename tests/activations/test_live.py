@@ -23,19 +23,11 @@ from fac_jax.activations.live import LiveRows
 from fac_jax.activations.reader import StoreReader
 from fac_jax.activations.rows import Rows
 from fac_jax.activations.store import find_store
-from fac_jax.config import (
-    BackboneConfig,
-    Config,
-    DataSet,
-    HarvestConfig,
-    MeshConfig,
-    RunConfig,
-    SaeConfig,
-    Source,
-    SpliceConfig,
-    SweepConfig,
-    TrainConfig,
-)
+from fac_jax.config.activations import BackboneConfig, HarvestConfig
+from fac_jax.config.data import DataSet, Source
+from fac_jax.config.file import Config
+from fac_jax.config.machine import MeshConfig, RunConfig
+from fac_jax.config.sae import SaeConfig, SpliceConfig, SweepConfig, TrainConfig
 from fac_jax.errors import UserError
 from fac_jax.packing import encode
 from fac_jax.plain import to_plain

@@ -19,7 +19,7 @@ from fac_jax.activations.rows import Rows
 from fac_jax.activations.store import complete_store, create_store
 from fac_jax.activations.stream import batch_function, batches, streams_for
 from fac_jax.activations.writer import StoreWriter
-from fac_jax.config import HarvestConfig
+from fac_jax.config.activations import HarvestConfig
 from fac_jax.errors import UserError
 from tests.activations.tiny_store import WIDTH, fill, manifest
 

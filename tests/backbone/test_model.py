@@ -17,7 +17,8 @@ from jax.sharding import Mesh
 from fac_jax.backbone import weights
 from fac_jax.backbone.model import chosen, inverse_frequencies, logits, product, residual, run_blocks
 from fac_jax.backbone.weights import Loaded, load_backbone
-from fac_jax.config import LoraConfig, MeshConfig
+from fac_jax.config.downstream import LoraConfig
+from fac_jax.config.machine import MeshConfig
 from fac_jax.downstream.lora import adapters, init_lora
 from fac_jax.errors import UserError
 from fac_jax.mesh import make_mesh

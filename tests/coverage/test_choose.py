@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from scipy.sparse import csr_array
 
-from fac_jax.config import SelectConfig
+from fac_jax.config.coverage import SelectConfig
 from fac_jax.coverage.choose import (
     TOP,
     Budget,

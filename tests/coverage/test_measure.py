@@ -11,7 +11,8 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from fac_jax.config import Config, CoverageConfig
+from fac_jax.config.coverage import CoverageConfig
+from fac_jax.config.file import Config
 from fac_jax.coverage.measure import coverage, evaluate
 from fac_jax.errors import UserError
 

@@ -14,7 +14,8 @@ import pyarrow.parquet as pq
 import pytest
 from scipy.sparse import csr_array
 
-from fac_jax.config import Config, CoverageConfig, SelectConfig
+from fac_jax.config.coverage import CoverageConfig, SelectConfig
+from fac_jax.config.file import Config
 from fac_jax.coverage.measure import coverage
 from fac_jax.coverage.pool import read_documents_at, read_pool
 from fac_jax.coverage.select import CURVE_POINTS, curve_ranks, select

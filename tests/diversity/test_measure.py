@@ -12,7 +12,10 @@ import numpy as np
 import pytest
 
 from fac_jax import cli
-from fac_jax.config import Config, CoverageConfig, DataSet, DiversityConfig, RunConfig, Source, load_config, to_yaml
+from fac_jax.config.coverage import CoverageConfig, DiversityConfig
+from fac_jax.config.data import DataSet, Source
+from fac_jax.config.file import Config, load_config, to_yaml
+from fac_jax.config.machine import RunConfig
 from fac_jax.diversity import measure, syntax, vectors, words
 from fac_jax.diversity.bert import load_encoder, unit
 from fac_jax.diversity.sampling import drawn

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from fac_jax.config import Config
+from fac_jax.config.file import Config
 from fac_jax.downstream.finetune import finetune
 from fac_jax.downstream.tune import tune
 from fac_jax.errors import Stopped

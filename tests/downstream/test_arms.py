@@ -11,7 +11,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fac_jax.config import BackboneConfig, Config, DataSet, FinetuneConfig, Source
+from fac_jax.config.activations import BackboneConfig
+from fac_jax.config.data import DataSet, Source
+from fac_jax.config.downstream import FinetuneConfig
+from fac_jax.config.file import Config
 from fac_jax.downstream.arms import check_apart, check_disjoint, check_texts_disjoint, read_arms, read_outputs_for
 from fac_jax.downstream.published import Example, Kind
 from fac_jax.errors import UserError

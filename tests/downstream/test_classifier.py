@@ -15,7 +15,10 @@ import pyarrow.parquet as pq
 import pytest
 
 from fac_jax.backbone.weights import load_backbone
-from fac_jax.config import BackboneConfig, Config, FinetuneConfig, LoraConfig, MeshConfig
+from fac_jax.config.activations import BackboneConfig
+from fac_jax.config.downstream import FinetuneConfig, LoraConfig
+from fac_jax.config.file import Config
+from fac_jax.config.machine import MeshConfig
 from fac_jax.downstream import arms as module
 from fac_jax.downstream.evaluate import auprc
 from fac_jax.downstream.finetune import finetune

@@ -15,17 +15,13 @@ from jax.sharding import Mesh
 
 from fac_jax.backbone.model import logits, residual
 from fac_jax.backbone.weights import load_backbone
-from fac_jax.config import (
-    BackboneConfig,
-    Config,
-    DataSet,
-    FinetuneConfig,
-    JudgeConfig,
-    LlmConfig,
-    LoraConfig,
-    MeshConfig,
-    Source,
-)
+from fac_jax.config.activations import BackboneConfig
+from fac_jax.config.data import DataSet, Source
+from fac_jax.config.downstream import FinetuneConfig, LoraConfig
+from fac_jax.config.features import JudgeConfig
+from fac_jax.config.file import Config
+from fac_jax.config.llm import LlmConfig
+from fac_jax.config.machine import MeshConfig
 from fac_jax.downstream import arms as module
 from fac_jax.downstream.arms import COMPARED
 from fac_jax.downstream.lora import adapters, merged

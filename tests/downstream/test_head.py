@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from sklearn.linear_model import LogisticRegression
 
-from fac_jax.config import FinetuneConfig
+from fac_jax.config.downstream import FinetuneConfig
 from fac_jax.downstream.head import fit, minibatches
 
 

@@ -15,7 +15,8 @@ from fac_jax.backbone.adapter import Adapter
 from fac_jax.backbone.export import export_hf
 from fac_jax.backbone.model import logits, residual
 from fac_jax.backbone.weights import Loaded, load_backbone
-from fac_jax.config import LoraConfig, MeshConfig
+from fac_jax.config.downstream import LoraConfig
+from fac_jax.config.machine import MeshConfig
 from fac_jax.downstream.lora import MODULES, adapters, init_lora, save_peft
 from fac_jax.downstream.objectives import Objective, Piece, loss_sum, scores
 from fac_jax.downstream.pieces import Text, pack_batch, rows_for

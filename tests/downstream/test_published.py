@@ -10,7 +10,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from fac_jax.config import DataSet, FinetuneConfig, Source
+from fac_jax.config.data import DataSet, Source
+from fac_jax.config.downstream import FinetuneConfig
 from fac_jax.downstream.published import Kind, read_examples, read_row
 from fac_jax.errors import UserError
 from fac_jax.text import Turn, read_documents

@@ -14,17 +14,12 @@ import pytest
 from jax.sharding import Mesh
 
 from fac_jax.backbone.weights import Loaded, load_backbone
-from fac_jax.config import (
-    BackboneConfig,
-    Config,
-    DataSet,
-    FinetuneConfig,
-    JudgeConfig,
-    LoraConfig,
-    MeshConfig,
-    RunConfig,
-    Source,
-)
+from fac_jax.config.activations import BackboneConfig
+from fac_jax.config.data import DataSet, Source
+from fac_jax.config.downstream import FinetuneConfig, LoraConfig
+from fac_jax.config.features import JudgeConfig
+from fac_jax.config.file import Config
+from fac_jax.config.machine import MeshConfig, RunConfig
 from fac_jax.downstream import reward as module
 from fac_jax.downstream.encode import encode_answer, encode_examples
 from fac_jax.downstream.evaluate import bootstrap_mean

@@ -15,7 +15,10 @@ from jax.sharding import Mesh
 from safetensors.numpy import load_file
 
 from fac_jax.backbone.weights import Loaded, load_backbone
-from fac_jax.config import BackboneConfig, Config, MeshConfig, SteerConfig
+from fac_jax.config.activations import BackboneConfig
+from fac_jax.config.downstream import SteerConfig
+from fac_jax.config.file import Config
+from fac_jax.config.machine import MeshConfig
 from fac_jax.downstream.choices import Question, ask_all, parse_question, question_of, read_questions
 from fac_jax.downstream.equal_norm import equal_norm
 from fac_jax.downstream.steering import answer_logits, caa_vector, figures, steer

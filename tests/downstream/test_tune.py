@@ -16,7 +16,8 @@ import pytest
 from jax.sharding import Mesh
 
 from fac_jax.backbone.weights import load_backbone
-from fac_jax.config import BackboneConfig, FinetuneConfig, LoraConfig
+from fac_jax.config.activations import BackboneConfig
+from fac_jax.config.downstream import FinetuneConfig, LoraConfig
 from fac_jax.downstream import tune as module
 from fac_jax.downstream.head import minibatches
 from fac_jax.downstream.objectives import Objective

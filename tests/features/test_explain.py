@@ -17,7 +17,9 @@ from jax.sharding import Mesh
 from scipy.sparse import csr_array
 
 from fac_jax import dry_run
-from fac_jax.config import Config, ExplainConfig, LlmConfig, ScanConfig
+from fac_jax.config.features import ExplainConfig, ScanConfig
+from fac_jax.config.file import Config
+from fac_jax.config.llm import LlmConfig
 from fac_jax.errors import UserError
 from fac_jax.features import embedded
 from fac_jax.features import explain as module

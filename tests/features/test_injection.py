@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from fac_jax.config import Config
+from fac_jax.config.file import Config
 from fac_jax.features import passes
 from fac_jax.features.injection import sign_of_injection
 from fac_jax.features.passes import judge_with

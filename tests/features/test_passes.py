@@ -11,7 +11,9 @@ from typing import Any
 
 import pytest
 
-from fac_jax.config import Config, ExplainConfig, JudgeConfig, RunConfig
+from fac_jax.config.features import ExplainConfig, JudgeConfig
+from fac_jax.config.file import Config
+from fac_jax.config.machine import RunConfig
 from fac_jax.errors import UserError
 from fac_jax.features import passes as module
 from fac_jax.features.passes import judge_with, orders

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.sparse import csr_array
 
-from fac_jax.config import ExplainConfig
+from fac_jax.config.features import ExplainConfig
 from fac_jax.features.scores.heldout import choose_trials
 from fac_jax.features.spans import (
     PAPER_TOKENS,

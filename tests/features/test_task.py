@@ -12,7 +12,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from fac_jax.config import Config, JudgeConfig, LlmConfig
+from fac_jax.config.features import JudgeConfig
+from fac_jax.config.file import Config
+from fac_jax.config.llm import LlmConfig
 from fac_jax.errors import UserError
 from fac_jax.features import judge as judge_module
 from fac_jax.features.ask import ask

@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 
-from fac_jax.config import LlmConfig
+from fac_jax.config.llm import LlmConfig
 from fac_jax.llm.client import Request
 from fac_jax.llm.http import HttpGenerator
 from tests.llm.real_server import KIND, Running, fac, get, running

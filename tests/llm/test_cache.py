@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fac_jax.config import LlmConfig
+from fac_jax.config.llm import LlmConfig
 from fac_jax.errors import UserError
 from fac_jax.llm.cache import Cache, cache_folder, keys
 from fac_jax.llm.client import Reply, Request, Steer

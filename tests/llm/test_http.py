@@ -7,7 +7,7 @@ from email.utils import format_datetime
 
 import pytest
 
-from fac_jax.config import LlmConfig
+from fac_jax.config.llm import LlmConfig
 from fac_jax.errors import UserError
 from fac_jax.llm.client import Reply, Request, Steer
 from fac_jax.llm.exchange import read_reply

@@ -22,7 +22,7 @@ KEY = "sk-planted-4711-do-not-show"
 ASK = """
 import json, sys
 from pathlib import Path
-from fac_jax.config import LlmConfig
+from fac_jax.config.llm import LlmConfig
 from fac_jax.features.ask import ask
 from fac_jax.llm.question import label_schema, question
 from fac_jax.llm.cache import open_cache

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from fac_jax.config import LlmConfig
+from fac_jax.config.llm import LlmConfig
 from fac_jax.errors import UserError
 from fac_jax.llm.cache import Cache
 from fac_jax.llm.client import Reply, Request

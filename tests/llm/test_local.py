@@ -11,7 +11,9 @@ import pytest
 from jax.sharding import Mesh
 
 from fac_jax.backbone.weights import load_backbone
-from fac_jax.config import BackboneConfig, Config, LlmConfig
+from fac_jax.config.activations import BackboneConfig
+from fac_jax.config.file import Config
+from fac_jax.config.llm import LlmConfig
 from fac_jax.errors import UserError
 from fac_jax.llm.client import Directions, Request, Steer, open_generator
 from fac_jax.llm.local import LocalGenerator, model_name

@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from fac_jax.config import LlmConfig
+from fac_jax.config.llm import LlmConfig
 from fac_jax.llm.client import Request
 from fac_jax.llm.fake import Answer, FakeServer
 from fac_jax.llm.http import HttpGenerator

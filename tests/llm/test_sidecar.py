@@ -19,7 +19,10 @@ import pytest
 from safetensors.numpy import save_file
 
 from fac_jax import cli
-from fac_jax.config import BackboneConfig, Config, LlmConfig, RunConfig, SidecarConfig
+from fac_jax.config.activations import BackboneConfig
+from fac_jax.config.file import Config
+from fac_jax.config.llm import LlmConfig, SidecarConfig
+from fac_jax.config.machine import RunConfig
 from fac_jax.errors import UserError
 from fac_jax.llm import sidecar
 from fac_jax.llm.process_group import Leader, alive, end, leader, members
@@ -264,11 +267,11 @@ def test_a_start_that_was_killed_is_taken_up_by_the_next_one(
     monkeypatch.setenv("STAND_IN_LOADS_S", "4")
     program = f"""
 import sys; sys.path.insert(0, {str(Path(cli.__file__).parents[2])!r})
-from fac_jax.config import load_config
+from fac_jax.config.file import load_config
 from fac_jax.llm import sidecar
 sidecar.start(load_config({str(tmp_path / "c.yaml")!r}), print, print)
 """
-    from fac_jax.config import to_yaml
+    from fac_jax.config.file import to_yaml
 
     (tmp_path / "c.yaml").write_text(to_yaml(config))
     with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.DEVNULL) as first:
@@ -295,7 +298,7 @@ def test_of_another_machine_or_unreadable_it_is_left_alone(config: Config) -> No
 def test_the_command_line_says_what_to_do_next(
     config: Config, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    from fac_jax.config import to_yaml
+    from fac_jax.config.file import to_yaml
 
     file = tmp_path / "c.yaml"
     file.write_text(to_yaml(config))

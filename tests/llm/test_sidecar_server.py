@@ -10,7 +10,9 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from fac_jax.config import BackboneConfig, Config, SidecarConfig
+from fac_jax.config.activations import BackboneConfig
+from fac_jax.config.file import Config
+from fac_jax.config.llm import SidecarConfig
 from fac_jax.errors import UserError
 from fac_jax.llm import sidecar_server
 from fac_jax.llm.sidecar_log import cause, last_line

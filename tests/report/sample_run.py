@@ -11,7 +11,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from fac_jax.config import BackboneConfig, Config, CoverageConfig, DataSet, FinetuneConfig, RunConfig, Source, to_yaml
+from fac_jax.config.activations import BackboneConfig
+from fac_jax.config.coverage import CoverageConfig
+from fac_jax.config.data import DataSet, Source
+from fac_jax.config.downstream import FinetuneConfig
+from fac_jax.config.file import Config, to_yaml
+from fac_jax.config.machine import RunConfig
 from fac_jax.coverage.measure import MISSING
 from fac_jax.coverage.select import SELECTED
 from fac_jax.diversity.measure import LEXICAL, METRICS

@@ -5,7 +5,8 @@ from pathlib import Path
 
 from rich.console import Console
 
-from fac_jax.config import LlmConfig, load_config
+from fac_jax.config.file import load_config
+from fac_jax.config.llm import LlmConfig
 from fac_jax.llm.client import Reply, Request
 from fac_jax.llm.ledger import Ledger
 from fac_jax.report.costs import costs, said

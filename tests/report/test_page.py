@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from fac_jax.config import load_config
+from fac_jax.config.file import load_config
 from fac_jax.report.markup import VOID_HTML
 from fac_jax.report.page import page, report
 from fac_jax.report.products import Row, RunView, read_view

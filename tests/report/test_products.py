@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from fac_jax.config import JudgeConfig
+from fac_jax.config.features import JudgeConfig
 from fac_jax.errors import UserError
 from fac_jax.report.products import RunView, read_view
 from tests.report.sample_run import write_run

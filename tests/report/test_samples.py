@@ -13,7 +13,7 @@ import pytest
 from rich.console import Console
 
 from fac_jax import cli
-from fac_jax.config import Config
+from fac_jax.config.file import Config
 from fac_jax.errors import UserError
 from fac_jax.report import samples
 from fac_jax.report.samples import Story, listing, read_story

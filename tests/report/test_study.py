@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from fac_jax.config import StudyConfig
+from fac_jax.config.downstream import StudyConfig
 from fac_jax.report.figures import WIDTH
 from fac_jax.report.page import page
 from fac_jax.report.products import RunView

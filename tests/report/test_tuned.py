@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from fac_jax.config import Config, FinetuneConfig, LoraConfig
+from fac_jax.config.downstream import FinetuneConfig, LoraConfig
+from fac_jax.config.file import Config
 from fac_jax.downstream import completions, reward
 from fac_jax.downstream.arms import Arms
 from fac_jax.downstream.encode import Encoded

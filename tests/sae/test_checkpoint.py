@@ -12,7 +12,7 @@ import pytest
 from jax.sharding import Mesh
 from safetensors.numpy import load_file
 
-from fac_jax.config import MeshConfig
+from fac_jax.config.machine import MeshConfig
 from fac_jax.errors import UserError
 from fac_jax.mesh import FEATURE, make_mesh, sharding
 from fac_jax.sae import checkpoint

@@ -16,7 +16,12 @@ from fac_jax.activations.harvest import harvest, held_out
 from fac_jax.activations.reader import StoreReader
 from fac_jax.activations.store import layer_path
 from fac_jax.backbone.weights import load_backbone
-from fac_jax.config import BackboneConfig, Config, DataSet, HarvestConfig, MeshConfig, ScanConfig, Source, SpliceConfig
+from fac_jax.config.activations import BackboneConfig, HarvestConfig
+from fac_jax.config.data import DataSet, Source
+from fac_jax.config.features import ScanConfig
+from fac_jax.config.file import Config
+from fac_jax.config.machine import MeshConfig
+from fac_jax.config.sae import SpliceConfig
 from fac_jax.errors import UserError
 from fac_jax.mesh import make_mesh, sharding
 from fac_jax.packing import EncodedDocument, encode, pack

@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh
 
-from fac_jax.config import MeshConfig, SaeConfig, TrainConfig
+from fac_jax.config.machine import MeshConfig
+from fac_jax.config.sae import SaeConfig, TrainConfig
 from fac_jax.errors import UserError
 from fac_jax.mesh import DATA, FEATURE, make_mesh, sharding
 from fac_jax.sae import dense

@@ -7,7 +7,7 @@ import pytest
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
-from fac_jax.config import MeshConfig
+from fac_jax.config.machine import MeshConfig
 from fac_jax.mesh import DATA, FEATURE, make_mesh
 from fac_jax.sae import topk
 from fac_jax.sae.topk import top_k, winners

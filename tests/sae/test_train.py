@@ -21,7 +21,10 @@ from fac_jax.activations.reader import StoreReader
 from fac_jax.activations.rows import Rows
 from fac_jax.activations.store import add_layers, layer_path
 from fac_jax.activations.stream import batches
-from fac_jax.config import BackboneConfig, Config, MeshConfig, SaeConfig, SweepConfig, TrainConfig
+from fac_jax.config.activations import BackboneConfig
+from fac_jax.config.file import Config
+from fac_jax.config.machine import MeshConfig
+from fac_jax.config.sae import SaeConfig, SweepConfig, TrainConfig
 from fac_jax.errors import UserError
 from fac_jax.sae import fit as fit_module
 from fac_jax.sae import train as module
@@ -132,7 +135,7 @@ def test_killed_process_is_undisturbed(undisturbed: tuple[Path, Fitted], tmp_pat
         "import sys, time; sys.path[:0] = [sys.argv[2]]\n"
         "from pathlib import Path\n"
         "import test_train as t\n"
-        "from fac_jax.config import MeshConfig\n"
+        "from fac_jax.config.machine import MeshConfig\n"
         "from fac_jax.mesh import make_mesh\n"
         "slow = lambda step, with_origin: ((time.sleep(0.3), pair)[1] for pair in t.rows_from(step))\n"
         "t.run(Path(sys.argv[1]), make_mesh(MeshConfig(data=1)), slow)\n"

@@ -11,7 +11,10 @@ from typing import Any
 import pytest
 
 from fac_jax.cli import main
-from fac_jax.config import BackboneConfig, Config, MeshConfig, SaeConfig, TrainConfig, to_yaml
+from fac_jax.config.activations import BackboneConfig
+from fac_jax.config.file import Config, to_yaml
+from fac_jax.config.machine import MeshConfig
+from fac_jax.config.sae import SaeConfig, TrainConfig
 from fac_jax.errors import UserError
 from fac_jax.scale import devices, plan, search, tables
 from fac_jax.scale.chips import CHIPS, Topology, read_topology

@@ -8,7 +8,10 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from fac_jax.config import BackboneConfig, Config, MeshConfig, SaeConfig, TrainConfig
+from fac_jax.config.activations import BackboneConfig
+from fac_jax.config.file import Config
+from fac_jax.config.machine import MeshConfig
+from fac_jax.config.sae import SaeConfig, TrainConfig
 from fac_jax.errors import UserError
 from fac_jax.mesh import make_mesh
 from fac_jax.scale import plan, tables

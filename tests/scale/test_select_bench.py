@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from fac_jax.config import SelectConfig
+from fac_jax.config.coverage import SelectConfig
 from fac_jax.scale import select_bench, select_table
 from fac_jax.scan.tables import DOCUMENTS, PEAKS
 

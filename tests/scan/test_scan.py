@@ -16,7 +16,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from fac_jax.config import BackboneConfig, Config, DataSet, ScanConfig, Source
+from fac_jax.config.activations import BackboneConfig
+from fac_jax.config.data import DataSet, Source
+from fac_jax.config.features import ScanConfig
+from fac_jax.config.file import Config
 from fac_jax.errors import Unfinished, UserError
 from fac_jax.packing import encode
 from fac_jax.sae.checkpoint import LoadedSae, load_sae, save_sae
@@ -71,7 +74,7 @@ def config(tmp_path: Path, backbone: Any, monkeypatch: pytest.MonkeyPatch) -> Co
 
 
 def _mesh() -> Any:
-    from fac_jax.config import MeshConfig
+    from fac_jax.config.machine import MeshConfig
     from fac_jax.mesh import make_mesh
 
     return make_mesh(MeshConfig(data=1, feature=1))

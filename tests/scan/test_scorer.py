@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 from scipy.sparse import csr_array
 
-from fac_jax.config import Config, DataSet, Source
+from fac_jax.config.data import DataSet, Source
+from fac_jax.config.file import Config
 from fac_jax.errors import UserError
 from fac_jax.packing import EncodedDocument
 from fac_jax.scan import scorer as module

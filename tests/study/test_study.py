@@ -14,16 +14,12 @@ import pytest
 from sklearn.metrics import average_precision_score
 
 from fac_jax.backbone.weights import load_backbone
-from fac_jax.config import (
-    BackboneConfig,
-    Config,
-    DataSet,
-    DiversityConfig,
-    FinetuneConfig,
-    MeshConfig,
-    Source,
-    StudyConfig,
-)
+from fac_jax.config.activations import BackboneConfig
+from fac_jax.config.coverage import DiversityConfig
+from fac_jax.config.data import DataSet, Source
+from fac_jax.config.downstream import FinetuneConfig, StudyConfig
+from fac_jax.config.file import Config
+from fac_jax.config.machine import MeshConfig
 from fac_jax.diversity.measure import of_words
 from fac_jax.downstream.tune import make_tuner
 from fac_jax.errors import UserError

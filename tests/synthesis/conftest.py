@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from fac_jax.config import Config, RunConfig
+from fac_jax.config.file import Config
+from fac_jax.config.machine import RunConfig
 from tests.synthesis.kept_run import make_run
 from tests.synthesis.toy_world import Toy, make_toy
 

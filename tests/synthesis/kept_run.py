@@ -10,7 +10,9 @@ from typing import Any
 
 import pytest
 
-from fac_jax.config import Config, JudgeConfig, RunConfig
+from fac_jax.config.features import JudgeConfig
+from fac_jax.config.file import Config
+from fac_jax.config.machine import RunConfig
 from fac_jax.features.task import load_task
 from fac_jax.pipeline import pipeline
 from fac_jax.plain import to_plain

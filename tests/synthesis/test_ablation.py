@@ -12,7 +12,9 @@ import numpy as np
 import pytest
 from scipy.stats import t as student
 
-from fac_jax.config import AblationConfig, ArmConfig, Config, LlmConfig
+from fac_jax.config.file import Config
+from fac_jax.config.llm import LlmConfig
+from fac_jax.config.synthesis import AblationConfig, ArmConfig
 from fac_jax.errors import UserError
 from fac_jax.llm.client import Request
 from fac_jax.llm.fake import FakeGenerator

@@ -21,7 +21,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from fac_jax import cli
-from fac_jax.config import Config
+from fac_jax.config.file import Config
 from fac_jax.errors import UserError
 from fac_jax.features.task import load_task
 from fac_jax.synthesis.export import export as module

@@ -21,7 +21,7 @@ from typing import Any
 
 import pytest
 
-from fac_jax.config import Config
+from fac_jax.config.file import Config
 from fac_jax.synthesis.export.export import export
 from tests.synthesis.kept_run import TASKS, kept_rows, make_awkward
 

@@ -13,7 +13,11 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from fac_jax.config import Config, DataSet, JudgeConfig, LlmConfig, RunConfig, Source
+from fac_jax.config.data import DataSet, Source
+from fac_jax.config.features import JudgeConfig
+from fac_jax.config.file import Config
+from fac_jax.config.llm import LlmConfig
+from fac_jax.config.machine import RunConfig
 from fac_jax.errors import UserError
 from fac_jax.features.task import load_task
 from fac_jax.llm.client import Directions, OnReply, Reply, Request, Steer

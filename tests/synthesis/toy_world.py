@@ -14,7 +14,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from fac_jax.config import BackboneConfig, Config, CoverageConfig, DataSet, MeshConfig, Source, SynthesizeConfig
+from fac_jax.config.activations import BackboneConfig
+from fac_jax.config.coverage import CoverageConfig
+from fac_jax.config.data import DataSet, Source
+from fac_jax.config.file import Config
+from fac_jax.config.machine import MeshConfig
+from fac_jax.config.synthesis import SynthesizeConfig
 from fac_jax.llm.client import Request
 from fac_jax.mesh import make_mesh
 from fac_jax.sae.checkpoint import LoadedSae

@@ -19,7 +19,7 @@ import numpy as np
 import pyarrow as pa
 from transformers import PreTrainedTokenizerFast
 
-from fac_jax.config import ExplainConfig
+from fac_jax.config.features import ExplainConfig
 from fac_jax.features.scores.auroc import Estimate, feature_aurocs, over_features
 from fac_jax.features.scores.heldout import ORIGINS, Kind, Trials, choose_trials
 from fac_jax.features.scores.rating import Exam, Rated, rate

@@ -16,7 +16,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from fac_jax.config import Config
+from fac_jax.config.file import Config
 from fac_jax.errors import UserError, first_line
 from fac_jax.features.task import Task, load_task
 from fac_jax.runs import Record, read_record

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fac_jax.config import ExplainConfig
+from fac_jax.config.features import ExplainConfig
 from fac_jax.features.scores.heldout import choose_trials
 from fac_jax.features.scores.score import Scores, drawn, partners, score_embedded, score_with
 from fac_jax.features.scores.simulate import simulated

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fac_jax.config import load_config
+from fac_jax.config.file import load_config
 from fac_jax.errors import UserError
 from fac_jax.pipeline import pipeline
 from fac_jax.sae.checkpoint import read_card, read_sae, save_sae

@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 import yaml
 
-from fac_jax.config import Config, load_config, to_yaml
+from fac_jax.config.file import Config, load_config, to_yaml
 from fac_jax.errors import UserError
 from fac_jax.plain import digest, from_plain, to_plain
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").rglob("*.yaml")), ids=lambda p: p.name)
@@ -37,6 +37,10 @@ def test_every_shipped_config_loads_and_round_trips(path: Path) -> None:
         ("backbone: [1]", ["must be a mapping"]),
         ("backbone: {layer: 0}", ["starts at 1"]),
         ("a: [", ["not valid YAML"]),
+        ("sae: {}\ntrain: {}\nsae: {k: 4}", ["'sae' is in line 1 and in line 3", "keep one"]),
+        ("data: {a: {sources: [{path: x,\n  path: y}]}}", ["'path' is in line 1 and in line 2"]),
+        ("data: {a: {sources: &own [*own]}}", ["sources.0", "must be a mapping"]),
+        ("? [a, b]\n: 1", ["not valid YAML"]),
     ],
 )
 def test_a_mistake_is_named(tmp_path: Path, text: str, words: list[str]) -> None:
@@ -46,6 +50,15 @@ def test_a_mistake_is_named(tmp_path: Path, text: str, words: list[str]) -> None
         load_config(path)
     for word in words:
         assert word in str(error.value)
+
+
+def test_a_key_over_one_that_is_merged_is_no_second_one(tmp_path: Path) -> None:
+    (tmp_path / "c.yaml").write_text(
+        "data:\n  a: &a {sources: [{path: p}], max_tokens: 99}\n  b: &b {<<: *a, max_tokens: 77}\n"
+        "  c: {<<: *b, sample: 0.5}\n  d: {<<: [*b, *a], max_tokens: 55}\n"
+    )
+    data = load_config(tmp_path / "c.yaml").data
+    assert {name: data[name].max_tokens for name in data} == {"a": 99, "b": 77, "c": 77, "d": 55}
 
 
 def test_a_missing_file_says_where_to_start() -> None:
