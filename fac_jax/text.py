@@ -339,14 +339,21 @@ def _json_rows(file: CorpusFile, kind: str) -> Iterator[tuple[str, Any]]:
         if isinstance(value, list):
             raise UserError(f"{file.name}: a chitchat data set maps ids to conversations, this is a list")
         for key, conversation in value.items():
-            yield f"{file.name}:{key}", _chitchat_turns(conversation)
+            where = f"{file.name}:{key}"
+            yield where, _chitchat_turns(conversation, where)
         return
     for index, row in enumerate(value.values() if isinstance(value, dict) else value):
         yield f"{file.name}:{index + 1}", row
 
 
-def _chitchat_turns(conversation: dict[str, Any]) -> tuple[Turn, ...] | UserError:
+def _chitchat_turns(conversation: Any, where: str) -> tuple[Turn, ...] | UserError:
     """Both participants are human, so every turn is a user's; consecutive messages of one sender are one turn."""
-    turns = ("\n".join(message["text"].strip() for message in group).strip() for group in conversation["messages"])
+    try:
+        turns = ["\n".join(message["text"].strip() for message in group).strip() for group in conversation["messages"]]
+    except (AttributeError, KeyError, TypeError):
+        return UserError(
+            f"{where}: a chitchat conversation needs the form {{messages: [[{{text: ...}}, ...], ...]}}, a list "
+            "for each turn; for other files set format to json"
+        )
     found = tuple(Turn(USER, text) for text in turns if text)
-    return found or UserError("chitchat: a conversation without words")
+    return found or UserError(f"{where}: a conversation without words")

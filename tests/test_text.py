@@ -6,6 +6,7 @@ import gzip
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -70,6 +71,18 @@ def test_messages_keep_their_roles_and_both_chitchat_speakers_are_users(tmp_path
     (tmp_path / "c.json").write_text(json.dumps(conversation))
     (document,) = read_documents(DataSet(sources=(Source(str(tmp_path / "c.json"), format="chitchat"),)), "x")
     assert document.turns == (Turn("user", "Hi\nthere"), Turn("user", "yo"))
+
+
+@pytest.mark.parametrize(
+    "value", [3, {"messages": 3}, {"turns": []}, {"messages": [[{"text": 5}]]}, {"messages": ["hi"]}]
+)
+def test_a_conversation_of_another_form_is_named(tmp_path: Path, value: Any) -> None:
+    good = {"messages": [[{"text": "hi"}]]}
+    (tmp_path / "c.json").write_text(json.dumps({"a": good, "b": value}))
+    source = Source(str(tmp_path / "c.json"), format="chitchat")
+    with pytest.raises(UserError, match=r"c.json:b: a chitchat conversation needs the form"):
+        list(read_documents(DataSet(sources=(source,)), "x"))
+    assert len(list(read_documents(DataSet(sources=(source,), on_bad_row="skip"), "x"))) == 1
 
 
 BAD_LINES = [
