@@ -30,7 +30,7 @@ from fac_jax.activations.reader import StoreReader
 from fac_jax.activations.rows import Rows, empty_rows
 from fac_jax.errors import UserError
 
-WINDOW_BLOCKS = 128  # mixed together, over all streams: at most 128 MiB, of which four are kept
+WINDOW_BLOCKS = 128  # mixed together, over all streams: about 128 MiB, of which four are kept
 READ = grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)
 
 

@@ -28,9 +28,10 @@ from fac_jax.activations.manifest import Manifest, rows_per_block
 from fac_jax.activations.reader import StoreReader
 from fac_jax.activations.rows import Rows
 from fac_jax.activations.store import complete_store, create_store, writer_name
-from fac_jax.activations.stream import WINDOW_BLOCKS, batches
+from fac_jax.activations.stream import WINDOW_BLOCKS, batches, streams_for
 from fac_jax.activations.writer import StoreWriter
 from fac_jax.config.activations import HarvestConfig
+from fac_jax.config.sae import TrainConfig
 from fac_jax.runs import versions
 
 WRITER = writer_name(0)
@@ -68,9 +69,11 @@ def random_rows(d: int) -> Rows:
 
 def write_store(folder: Path, pool: Rows, rows: int) -> None:
     """As a harvest of one writer does."""
+    d = pool.resid.shape[1]
     manifest = Manifest(
-        model="random", model_digest="", layer=1, d_model=pool.resid.shape[1], compute_dtype="bfloat16",
-        tokenizer_digest="", corpus_digest="", shard_rows=HarvestConfig().shard_rows, seed=0, writers=1,
+        model="random", model_digest="", layer=1, d_model=d, compute_dtype="bfloat16", tokenizer_digest="",
+        corpus_digest="", shard_rows=HarvestConfig().shard_rows, seed=0, writers=1,
+        block_rows=rows_per_block(d, "bfloat16"),
     )  # fmt: skip
     create_store(folder, manifest)
     with StoreWriter(folder, manifest, WRITER) as writer:
@@ -122,9 +125,11 @@ def warm_page_cache(folder: Path) -> None:
 
 
 def read_stream(folder: Path, batch_rows: int) -> Pieces:
-    """Batches as training gets them, from one stream."""
+    """Batches as training gets them."""
     reader = StoreReader(folder)
-    return reader.rows, (rows.resid for _, rows in batches(reader, batch_rows, seed=0, with_origin=False))
+    streams = streams_for(reader, batch_rows, TrainConfig().streams)
+    found = batches(reader, batch_rows, seed=0, streams=streams, with_origin=False)
+    return reader.rows, (rows.resid for _, rows in found)
 
 
 def read_raw(folder: Path, batch_rows: int) -> Pieces:

@@ -17,7 +17,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from fac_jax.activations.manifest import SPLITS, Cursor, Split, check_holds
+from fac_jax.activations.manifest import SPLITS, Cursor, Split, check_holds, rows_per_block
 from fac_jax.activations.reader import StoreReader
 from fac_jax.activations.rows import Rows
 from fac_jax.activations.store import complete_store, create_store, finished_counts, read_manifest
@@ -26,6 +26,15 @@ from fac_jax.errors import UserError
 from tests.activations.tiny_store import WIDTH, batch_rows, contents, fill, manifest
 
 SHARD = "arrays/p0000/000001/train/resid/c/0/0"
+
+
+@pytest.mark.parametrize(
+    ("d_model", "dtype", "rows"),
+    [(576, "bfloat16", 1024), (2304, "float16", 256), (4096, "bfloat16", 128), (4096, "int8", 256), (2, "int8", 1024)],
+)
+def test_a_block_is_about_a_mebibyte(d_model: int, dtype: str, rows: int) -> None:
+    assert rows_per_block(d_model, dtype) == rows
+    assert 2**19.5 <= rows * d_model * (1 if dtype == "int8" else 2) <= 2**20.5 or rows in (32, 1024)
 
 
 def everything(path: Path, split: Split) -> Rows:
