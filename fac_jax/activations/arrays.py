@@ -123,8 +123,10 @@ def write_arrays(root: Root, values: dict[str, np.ndarray], form: Form) -> None:
     writes: list[tuple[str, Any]] = []
     for path, value in values.items():
         rows, width = value.shape
-        padded = np.zeros((_padded(rows, form), width), value.dtype)
-        padded[:rows] = value
+        padded = value
+        if rows != form.padded(rows):
+            padded = np.zeros((form.padded(rows), width), value.dtype)
+            padded[:rows] = value
         array = open_array(root, path, rows, width, value.dtype.name, form)
         described = json.dumps({"zarr_format": 3, "node_type": "array", **_metadata(array)}).encode()
         writes += [(path, root.kv.write(f"{path}/zarr.json", described)), (path, array.write(padded))]
@@ -145,17 +147,13 @@ def _metadata(array: ts.TensorStore) -> dict[str, Any]:
 
 def open_array(root: Root, path: str, rows: int, width: int, dtype: str, form: Form) -> ts.TensorStore:
     """The array at `path`. Makes no request, because the shape is known: the first read shows what is wrong."""
-    spec = _spec((_padded(rows, form), width), dtype, form) | {"assume_metadata": True, "recheck_cached_data": "open"}
+    spec = _spec((form.padded(rows), width), dtype, form) | {"assume_metadata": True, "recheck_cached_data": "open"}
     return ts.open(spec, kvstore=root.kv / f"{path}/", context=root.context).result()
 
 
 def begin_read(array: ts.TensorStore, start: int, stop: int, into: np.ndarray) -> ts.WriteFutures:
     """Begin to read rows [start, stop) into `into`, without a copy between."""
     return ts.array(into).write(array[start:stop])
-
-
-def _padded(rows: int, form: Form) -> int:
-    return -(-rows // form.block_rows) * form.block_rows
 
 
 def _spec(shape: tuple[int, int], dtype: str, form: Form) -> dict[str, Any]:

@@ -80,6 +80,10 @@ class Form:
     compression: str = "none"
     """none, or bitshuffle (blosc with zstd)."""
 
+    def padded(self, rows: int) -> int:
+        """Rows of an array that holds so many: whole blocks."""
+        return -(-rows // self.block_rows) * self.block_rows
+
 
 def rows_per_block(d_model: int, dtype: str) -> int:
     """Rows that make a block of a store: the power of two nearest to `BLOCK_BYTES`, and 32 to 1,024 rows.

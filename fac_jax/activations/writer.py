@@ -8,11 +8,11 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
-from jaxtyping import Bool, Float64, Int64
+from jaxtyping import Bool, Int64
 
 from fac_jax.activations.arrays import open_root, write_arrays, write_json
 from fac_jax.activations.claim import claim
-from fac_jax.activations.manifest import SPLITS, Cursor, Finished, Manifest, Part, Record, part_of, sums_of
+from fac_jax.activations.manifest import SPLITS, Cursor, Finished, Manifest, Part, Record, Sums, part_of, sums_of
 from fac_jax.activations.rows import Rows, empty_rows, row_dtype, to_int8
 from fac_jax.activations.store import committed, finished_key, part_path, read_record, record_key
 from fac_jax.errors import UserError
@@ -43,7 +43,8 @@ class StoreWriter:
         """Where the first row lies that was not committed when this writer was opened."""
         self._end = self.cursor
         self._filled = 0
-        self._new_buffer()
+        self._rows, self._held_out = self._buffer()
+        self._written = self._buffer()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="store-writer")
         self._commit: Future[None] | None = None
 
@@ -83,27 +84,25 @@ class StoreWriter:
         self._claim.check()
         write_json(self._root, finished_key(self._name), Finished(self.shards, dict(counts)))
 
-    def _new_buffer(self) -> None:
+    def _buffer(self) -> tuple[Rows, Bool[np.ndarray, " b"]]:
+        """Memory for the rows of a shard, and for which of them are held out."""
         rows, dtype = self._manifest.shard_rows, row_dtype(self._manifest.dtype)
-        self._rows = empty_rows(rows, self._manifest.d_model, dtype)
-        self._held_out = np.empty(rows, bool)
-        self._filled = 0
+        return empty_rows(rows, self._manifest.d_model, dtype), np.empty(rows, bool)
 
     def _begin_commit(self, following: Cursor) -> None:
-        self._wait()
+        self._wait()  # of two buffers one is filled while the other is written
         arguments = self.shards, self._rows.span(0, self._filled), self._held_out[: self._filled], following
         self._commit = self._thread.submit(self._write_shard, *arguments)
         self.shards += 1
-        self._new_buffer()
+        (self._rows, self._held_out), self._written = self._written, (self._rows, self._held_out)
+        self._filled = 0
 
     def _wait(self) -> None:
         if self._commit is not None:
             self._commit.result()
 
     def _write_shard(self, number: int, rows: Rows, held_out: Bool[np.ndarray, " b"], following: Cursor) -> None:
-        squares_b = sums_of(rows.resid).squares_b
-        self._check_finite(rows, squares_b)
-        kept = self._not_outliers(squares_b)
+        kept = self._not_outliers(rows)
         parts: dict[str, Part] = {}
         arrays: dict[str, np.ndarray] = {}
         for split in SPLITS:
@@ -117,26 +116,32 @@ class StoreWriter:
         self._claim.check()
         write_json(self._root, record_key(self._name, number), Record(parts, following))
 
-    def _not_outliers(self, squares_b: Float64[np.ndarray, " b"]) -> Bool[np.ndarray, " b"]:
+    def _not_outliers(self, rows: Rows) -> Bool[np.ndarray, " b"]:
         """Rows whose norm is at most `norm_filter` medians of the shard: of the shard, because a restarted writer must
         decide alike."""
         if not self._manifest.norm_filter:
-            return np.ones(len(squares_b), bool)
+            return np.ones(len(rows), bool)
+        squares_b = self._finite_sums(rows).squares_b
         return np.sqrt(squares_b) <= self._manifest.norm_filter * np.median(np.sqrt(squares_b))
 
     def _part(self, rows: Rows, order: Int64[np.ndarray, " n"], outliers: int) -> tuple[dict[str, np.ndarray], Part]:
         """The arrays of one split of a shard, and what its record says of them."""
-        part = rows.take(order)
+        padded = empty_rows(self._manifest.form.padded(len(order)), rows.resid.shape[1], rows.resid.dtype)
+        padded.resid[len(order) :] = 0
+        part = rows.take(order, padded.span(0, len(order)))
+        sums = self._finite_sums(part)
         columns = [part.doc, part.position.astype(np.uint64), part.token.astype(np.uint64)]
-        resid, rounding = part.resid, 0.0
+        resid, rounding = padded.resid, 0.0
         if self._manifest.dtype == "int8":
             resid, scale_b, rounding = to_int8(part.resid)
             columns.append(scale_b.view(np.uint32).astype(np.uint64))
-        described = part_of(sums_of(part.resid), outliers, rounding)
+        described = part_of(sums, outliers, rounding)
         return {"resid": resid, "origin": np.stack(columns, axis=1)}, described
 
-    def _check_finite(self, rows: Rows, squares_b: Float64[np.ndarray, " b"]) -> None:
-        bad = np.flatnonzero(~np.isfinite(squares_b))
+    def _finite_sums(self, rows: Rows) -> Sums:
+        """Sums over rows that are finite. Raises UserError for those that are not."""
+        sums = sums_of(rows.resid)
+        bad = np.flatnonzero(~np.isfinite(sums.squares_b))
         if len(bad):
             remedy = "check the weights, or set backbone.dtype to float32"
             if self._manifest.dtype == "float16":
@@ -145,3 +150,4 @@ class StoreWriter:
                 f"the residual of document {rows.doc[bad[0]]:016x} at token {rows.position[bad[0]]} is not finite, and "
                 f"{len(bad) - 1} more of {len(rows)} (layer {self._manifest.layer} of {self._manifest.model}): {remedy}"
             )
+        return sums

@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -285,9 +286,12 @@ def test_a_full_disk_keeps_what_is_committed(tmp_path: Path) -> None:
     assert contents(tmp_path / "copy") == contents(tmp_path / "undisturbed")
 
 
-def test_a_residual_that_is_not_finite_is_not_stored(tmp_path: Path) -> None:
-    create_store(tmp_path, manifest())
-    writer = StoreWriter(tmp_path, manifest(), "p0000")
+@pytest.mark.parametrize("how", [{}, {"dtype": "int8"}, {"norm_filter": 10.0}])
+def test_a_residual_that_is_not_finite_is_not_stored(tmp_path: Path, how: dict[str, Any]) -> None:
+    """Nor taken for an outlier, whose norm is just large."""
+    described = replace(manifest(), **how)
+    create_store(tmp_path, described)
+    writer = StoreWriter(tmp_path, described, "p0000")
     rows, held_out = batch_rows(0, 200)
     rows.resid[70, 3] = ml_dtypes.bfloat16(np.inf)
     writer.append(0, {}, rows, held_out)
