@@ -152,10 +152,10 @@ def test_a_study_is_written_scanned_and_measured_and_each_is_made_of_what_it_rea
         return {name: digest(stages[name].settings) for name in names}
 
     before = settings()
-    for change in ({"seeds": (42, 43, 44, 9)}, {"lora_seeds": (42,)}, {"budgets": (10, 100, 200)}):
+    for change in ({"seeds": (42, 43, 44, 9)}, {"lora_seeds": (42, 43)}, {"budgets": (10, 25, 50, 100, 200)}):
         after = settings(**change)
         assert {name for name in names if after[name] != before[name]} == {"study"}, "the same texts serve"
-    after = settings(budgets=(25, 100, 300))
+    after = settings(budgets=(25, 50, 100, 200, 300))
     assert after["study:texts"] != before["study:texts"], "more are written"
 
 
