@@ -62,11 +62,7 @@ def _model(config: Config) -> str:
     """What the model's own config says; of one on the hub only that small file is fetched."""
     source, layers = config.backbone.model, (*config.harvested_layers, *config.sweep.layers)
     has, _ = open_model(source)
-    if max(layers) > has.n_layers:
-        raise UserError(
-            f"{source}: the model has {has.n_layers} layers, config asks {max(layers)}; lower backbone.layer, "
-            "harvest.layers or sweep.layers"
-        )
+    has.check_layer(max(layers), source)
     read = ", ".join(map(str, sorted({*layers})))
     return f"{source}: width {has.d_model:,}, {has.n_layers} layers; read at {read}"
 

@@ -123,7 +123,7 @@ def write_arrays(root: Root, values: dict[str, np.ndarray], form: Form) -> None:
     writes: list[tuple[str, Any]] = []
     for path, value in values.items():
         rows, width = value.shape
-        padded = value
+        padded = value  # of a shard's rows there are whole blocks already: one copy less of the largest array
         if rows != form.padded(rows):
             padded = np.zeros((form.padded(rows), width), value.dtype)
             padded[:rows] = value

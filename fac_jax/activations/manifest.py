@@ -88,8 +88,8 @@ class Form:
 def rows_per_block(d_model: int, dtype: str) -> int:
     """Rows that make a block of a store: the power of two nearest to `BLOCK_BYTES`, and 32 to 1,024 rows.
 
-    Each block costs its reader a request, so that small ones are slow: of width 576 a stream of blocks of 512 rows
-    came at .74 of the rate of the blocks alone, of 1,024 rows at .93 (2 cores, 2026-11-26).
+    Each block costs its reader a request, so that small ones are slow: of width 576 the stream came at .73 of the rate
+    of its blocks alone when they had 512 rows, with 1,024 at .78 and .86 (fac bench activations, 2 cores, 2026-11-26).
     """
     wanted = BLOCK_BYTES / (d_model * (1 if dtype == "int8" else 2))
     return 2 ** min(10, max(5, round(math.log2(wanted))))

@@ -79,6 +79,14 @@ class ModelConfig:
     eos_ids: tuple[int, ...]
     """Tokens that end a generation."""
 
+    def check_layer(self, layer: int, source: str) -> None:
+        """Raise UserError unless `layer` blocks can be applied; `source` names the model."""
+        if not 0 <= layer <= self.n_layers:
+            raise UserError(
+                f"{source}: the model has {self.n_layers} layers, config asks {layer}; lower backbone.layer, "
+                "harvest.layers or sweep.layers"
+            )
+
 
 def read_model_config(source: Mapping[str, Any] | str | Path) -> ModelConfig:
     """Read a config mapping, a `config.json`, or the folder that holds one.

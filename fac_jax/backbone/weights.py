@@ -182,8 +182,8 @@ def load_backbone(source: str, layers: int | None, dtype: str, mesh: Mesh) -> Lo
     misshapen or unknown to the architecture (all of them named together).
     """
     config, tensors = open_model(source)
-    if layers is not None and not 0 <= layers <= config.n_layers:
-        raise UserError(f"{source}: the model has {config.n_layers} layers, config asks {layers}; lower backbone.layer")
+    if layers is not None:
+        config.check_layer(layers, source)
     if dtype == "auto":
         dtype = matmul_dtype(platform(mesh))
     if dtype not in DTYPES:

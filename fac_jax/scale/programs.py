@@ -98,8 +98,7 @@ def compile_harvest(config: Config, model: ModelConfig, mesh: Mesh, limit: float
     """The backbone up to the last layer that is read, on one host's devices, which may only stand in for those of
     platform `target`. Raises OutOfMemory."""
     backbone, layers = config.backbone, config.harvested_layers
-    if layers[-1] > model.n_layers:
-        raise UserError(f"{backbone.model} has {model.n_layers} layers, config asks {layers[-1]}")
+    model.check_layer(layers[-1], backbone.model)
     dtype = "bfloat16" if backbone.dtype == "auto" else backbone.dtype
     table = parameters(model, layers[-1], False, mesh.shape[FEATURE])
     arrays: dict[str, Any] = {
