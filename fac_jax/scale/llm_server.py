@@ -18,7 +18,7 @@ import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 ANSWER = {
@@ -32,9 +32,16 @@ ANSWER = {
 class Limits:
     """What is let through; counts what was and was not."""
 
-    def __init__(self, rate: float | None, burst: float, window_s: float | None, at_once: int | None) -> None:
-        self.rate, self.burst, self.window_s, self.at_once = rate, burst, window_s, at_once
-        self.tokens, self.refilled = burst, time.monotonic()
+    def __init__(
+        self,
+        rate: float | None = None,
+        burst: float = 1.0,
+        window_s: float | None = None,
+        at_once: int | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.rate, self.burst, self.window_s, self.at_once, self.clock = rate, burst, window_s, at_once, clock
+        self.tokens, self.refilled = burst, clock()
         self.open = self.accepted = self.refused = self.overloaded = 0
 
     def refusal(self) -> tuple[int, float] | None:
@@ -43,7 +50,7 @@ class Limits:
             self.overloaded += 1
             return 503, 0.0
         if self.rate is not None:
-            now = time.monotonic()
+            now = self.clock()
             if self.window_s is None:
                 self.tokens = min(self.burst, self.tokens + (now - self.refilled) * self.rate)
                 self.refilled, wait_s = now, (1 - self.tokens) / self.rate
