@@ -104,17 +104,24 @@ def from_first(value: bool) -> bool:
     return bool(multihost_utils.broadcast_one_to_all(np.int32(value)))
 
 
+def from_all(mine: np.ndarray) -> np.ndarray:
+    """What every process passed, [processes, ...]. Sent as bytes, because JAX makes 32-bit numbers of 64-bit ones."""
+    if Process.count == 1:
+        return mine[None]
+    from jax.experimental import multihost_utils
+
+    found = multihost_utils.process_allgather(np.frombuffer(mine.tobytes(), np.uint8))
+    return np.asarray(found).view(mine.dtype).reshape(Process.count, *mine.shape)
+
+
 def check_same(config: Config) -> None:
     """Raise UserError in every process whose settings are not those of the first."""
     if Process.count == 1:
         return
     from dataclasses import replace
 
-    from jax.experimental import multihost_utils
-
     same_for_all = replace(config, mesh=replace(config.mesh, process_id=0))
-    mine = np.frombuffer(bytes.fromhex(digest(same_for_all)), np.uint32)
-    found = multihost_utils.process_allgather(mine)
+    found = from_all(np.frombuffer(bytes.fromhex(digest(same_for_all)), np.uint8))
     others = [index for index in range(Process.count) if (found[index] != found[0]).any()]
     if others:
         raise UserError(

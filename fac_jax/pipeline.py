@@ -178,7 +178,7 @@ def _backbone(config: Config) -> dict[str, Any]:
 
 def _harvest_settings(config: Config) -> dict[str, Any]:
     data = data_fingerprint(config, config.harvest.data)
-    return {"harvest": config.harvest, **_backbone(config), "data": data, "seed": config.run.seed}
+    return {"harvest": config.harvest.content, **_backbone(config), "data": data, "seed": config.run.seed}
 
 
 def _train_settings(config: Config) -> dict[str, Any]:

@@ -19,11 +19,10 @@ from contextlib import AbstractContextManager, ExitStack
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
 from jaxtyping import Array, Bool, Float
 
 from fac_jax.activations.manifest import Manifest, Totals, rows_per_block
@@ -40,7 +39,7 @@ from fac_jax.activations.store import (
 from fac_jax.activations.writer import StoreWriter
 from fac_jax.backbone.weights import Loaded, load_backbone
 from fac_jax.config.file import Config
-from fac_jax.distributed import Process, wait_for_all
+from fac_jax.distributed import Process, from_all, wait_for_all
 from fac_jax.errors import UserError
 from fac_jax.mesh import own_mesh
 from fac_jax.packing import PackedBatch, encode_all, pack
@@ -50,6 +49,17 @@ from fac_jax.runs import write_text
 from fac_jax.text import count_documents, document_hash, read_documents
 
 log = logging.getLogger(__name__)
+LONG_WAIT = 0.1
+"""Of a harvest's time: what writing may take on two cores."""
+
+
+class Harvested(NamedTuple):
+    """What one call did: it may have gone on where another one was killed."""
+
+    tokens: int
+    """Real tokens computed."""
+    waited_s: float
+    """Seconds for which the loop waited for shards to be written."""
 
 
 def harvest(config: Config, out: Path, inputs: Mapping[str, Path]) -> dict[str, Any]:
@@ -71,9 +81,9 @@ def harvest(config: Config, out: Path, inputs: Mapping[str, Path]) -> dict[str, 
             create_store(path, manifest)
     wait_for_all("harvest: store created")
     started = time.monotonic()
-    tokens = harvest_documents(config, loaded, manifests, index)
-    if count > 1:
-        tokens = int(multihost_utils.process_allgather(np.asarray(tokens)).sum())  # waits until all are written
+    done = harvest_documents(config, loaded, manifests, index)
+    tokens, waited_s = from_all(np.asarray(done, np.float64)).T  # until all are written
+    done = Harvested(int(tokens.sum()), float(waited_s.max()))
     seconds = time.monotonic() - started
     writers = [writer_name(i) for i in range(count)]
     totals = {path: complete_store(path, writers) for path in manifests} if index == 0 else {}
@@ -83,7 +93,7 @@ def harvest(config: Config, out: Path, inputs: Mapping[str, Path]) -> dict[str, 
     if config.harvest.store is not None:
         write_text(out / "store.json", json.dumps({"store": place, "layers": layers}, indent=1))
     main = totals[layer_path(place, config.backbone.layer)]
-    return _summary(config, place, layers, main, tokens, seconds)
+    return _summary(config, place, layers, main, done, seconds)
 
 
 def describe(config: Config, loaded: Loaded, layer: int, writers: int) -> Manifest:
@@ -91,7 +101,7 @@ def describe(config: Config, loaded: Loaded, layer: int, writers: int) -> Manife
     settings = config.harvest
     rows = {
         "data": config.dataset(settings.data),
-        "harvest": replace(settings, layers=(), store=None),  # where they lie, and beside which others, changes no row
+        "harvest": {**settings.content, "layers": [], "store": None},  # where, and beside which others, changes no row
         "rows_per_batch": config.backbone.rows_per_batch,
         "row_tokens": config.backbone.row_tokens,
     }
@@ -118,22 +128,22 @@ def held_out(document_id: str, validation_fraction: float) -> bool:
     return document_hash(document_id, "validation") < validation_fraction
 
 
-def harvest_documents(config: Config, loaded: Loaded, manifests: Mapping[str, Manifest], index: int) -> int:
+def harvest_documents(config: Config, loaded: Loaded, manifests: Mapping[str, Manifest], index: int) -> Harvested:
     """Harvest documents index, index + writers, ... into the store at each path, and commit them all.
 
-    Returns the real tokens computed by this call. Stops at the end of the batch in which the writer's share of
-    `harvest.tokens` is reached.
+    Stops at the end of the batch in which the writer's share of `harvest.tokens` is reached.
     """
-    name = writer_name(index)
+    name, at_once = writer_name(index), config.harvest.shards_at_once
     unfinished = {path: manifest for path, manifest in manifests.items() if finished_counts(path, name) is None}
     with ExitStack() as stack:
         writers = {
-            manifest.layer: stack.enter_context(StoreWriter(path, manifest, name))
+            manifest.layer: stack.enter_context(StoreWriter(path, manifest, name, at_once))
             for path, manifest in sorted(unfinished.items(), key=lambda item: item[1].layer)
         }
         if not writers:
-            return 0
-        return _harvest_into(writers, config, loaded, index, next(iter(manifests.values())).writers)
+            return Harvested(0, 0.0)
+        tokens = _harvest_into(writers, config, loaded, index, next(iter(manifests.values())).writers)
+        return Harvested(tokens, sum(writer.waited_s for writer in writers.values()))
 
 
 def _harvest_into(
@@ -231,7 +241,7 @@ def _counted(counts: Mapping[str, int], batch: PackedBatch, max_tokens: int) -> 
 
 
 def _summary(
-    config: Config, place: str, layers: tuple[int, ...], totals: Totals, tokens: int, seconds: float
+    config: Config, place: str, layers: tuple[int, ...], totals: Totals, done: Harvested, seconds: float
 ) -> dict[str, Any]:
     data, counts = config.harvest.data, totals.counts
     train, validation = totals.splits["train"], totals.splits["validation"]
@@ -245,6 +255,12 @@ def _summary(
     if config.harvest.tokens is not None and counts["content_tokens"] < config.harvest.tokens:
         found, asked = counts["content_tokens"], config.harvest.tokens
         log.warning("data.%s has only %d content tokens, harvest.tokens asks %d", data, found, asked)
+    if done.waited_s > LONG_WAIT * seconds:
+        log.warning(
+            "%.0f%% of the harvest's time went into waiting for shards to be written: --harvest.shards_at_once writes "
+            "more of them at a time, and takes memory for each",
+            100 * done.waited_s / seconds,
+        )
     return {
         "layers": " ".join(map(str, layers)),
         "rows": train.rows + validation.rows,
@@ -254,7 +270,8 @@ def _summary(
         **counts,
         "dropped_outliers": train.outliers + validation.outliers,
         "packing_efficiency": counts["real_tokens"] / counts["computed_tokens"],
-        "tokens_per_second": tokens / seconds,  # real tokens of this call: an interrupted harvest had computed others
+        "tokens_per_second": done.tokens / seconds,
+        "store_wait": done.waited_s / seconds,
         "seconds": seconds,
         **_rounding(config, totals),
         "bytes": sum(stored_bytes(layer_path(place, layer)) for layer in layers),

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from fac_jax.config.checks import check, check_layers
+from fac_jax.plain import to_plain
 
 
 @dataclass(frozen=True)
@@ -42,8 +43,12 @@ class HarvestConfig:
     validation_fraction: float = 0.1
     """Fraction of documents, by hash, whose rows are held out of training (paper: 90/10)."""
     shard_rows: int = 65_536
-    """Rows shuffled together and written as one shard: the more, the better rows of different documents mix. Two shards
-    are in memory; a kill loses at most one."""
+    """Rows shuffled together and written as one shard: the more, the better rows of different documents mix. A kill
+    loses those not yet committed, of shards_at_once + 1 shards at most."""
+    shards_at_once: int | None = None
+    """Shards written at a time, each with 4 x shard_rows x d_model bytes of memory (1 GiB at width 4,096), and half of
+    that for the one that fills; by default 1 in a folder and 4 in an object store, where one upload leaves the line
+    half empty."""
     layers: tuple[int, ...] = ()
     """Layers whose residuals are kept besides those of backbone.layer, from the same forward pass; each gets a store of
     its own."""
@@ -66,3 +71,10 @@ class HarvestConfig:
             f"harvest.validation_fraction is {self.validation_fraction}; it must lie in (0, 1)",
         )
         check(self.shard_rows >= 128, f"harvest.shard_rows is {self.shard_rows}; it must be at least 128")
+        at_once = self.shards_at_once
+        check(at_once is None or at_once >= 1, f"harvest.shards_at_once is {at_once}; it must be at least 1")
+
+    @property
+    def content(self) -> dict[str, Any]:
+        """The settings, as plain values, that decide what a store holds: `shards_at_once` changes no byte of it."""
+        return {name: value for name, value in to_plain(self).items() if name != "shards_at_once"}

@@ -5,7 +5,9 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
+import re
 import shutil
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Literal
@@ -18,6 +20,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from fac_jax.activations import harvest as module
+from fac_jax.activations import writer
 from fac_jax.activations.harvest import describe, harvest, harvest_documents
 from fac_jax.activations.manifest import SPLITS
 from fac_jax.activations.reader import StoreReader
@@ -159,7 +162,7 @@ def test_interrupted_anywhere_it_ends_with_the_same_bytes(
     resumed = run(monkeypatch, config, tmp_path / "cut", last)
     assert contents(tmp_path / "cut") == contents(tmp_path / "whole")
     assert last.batches < backbone.batches
-    own_to_a_call = ("seconds", "tokens_per_second")
+    own_to_a_call = ("seconds", "tokens_per_second", "store_wait")
     assert all(resumed[name] == value for name, value in summary.items() if name not in own_to_a_call)
 
 
@@ -168,6 +171,31 @@ def test_what_is_done_is_not_done_again(config: Config, tmp_path: Path, monkeypa
     before, again = contents(tmp_path / "out"), FakeBackbone()
     assert run(monkeypatch, config, tmp_path / "out", again)["tokens_per_second"] == 0
     assert again.batches == 0 and contents(tmp_path / "out") == before
+
+
+def test_how_many_shards_are_written_at_once_changes_no_byte(
+    config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run(monkeypatch, config, tmp_path / "one", FakeBackbone())
+    several = dataclasses.replace(config, harvest=dataclasses.replace(config.harvest, shards_at_once=3))
+    run(monkeypatch, several, tmp_path / "three", FakeBackbone())
+    assert contents(tmp_path / "three") == contents(tmp_path / "one")
+
+
+def test_a_harvest_that_waits_for_its_store_says_so(
+    config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert run(monkeypatch, config, tmp_path / "fast", FakeBackbone())["store_wait"] < 1
+    caplog.clear()
+    write = writer.write_arrays
+
+    def slowly(*arguments: Any) -> None:
+        time.sleep(0.3)
+        write(*arguments)
+
+    monkeypatch.setattr(writer, "write_arrays", slowly)
+    assert run(monkeypatch, config, tmp_path / "slow", FakeBackbone())["store_wait"] > 0.1
+    assert re.search(r"\d\d% of the harvest's time .* --harvest.shards_at_once writes more", caplog.text)
 
 
 def test_the_next_batch_begins_before_this_one_is_fetched(
@@ -193,7 +221,7 @@ def test_processes_share_the_corpus(config: Config, tmp_path: Path) -> None:
     manifest, path = describe(config, loaded, 3, writers=3), layer_path(tmp_path / "out", 3)
     create_store(path, manifest)
     for index in (2, 0, 1):
-        assert harvest_documents(config, loaded, {path: manifest}, index) > 0
+        assert harvest_documents(config, loaded, {path: manifest}, index).tokens > 0
     totals = complete_store(path, [writer_name(index) for index in range(3)])
     assert totals.counts["documents"] == 300
     assert stored(tmp_path / "out") == expected(config)

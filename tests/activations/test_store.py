@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -18,6 +19,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
+from fac_jax.activations import writer as module
 from fac_jax.activations.manifest import SPLITS, Cursor, Split, check_holds, rows_per_block
 from fac_jax.activations.reader import StoreReader
 from fac_jax.activations.rows import Rows
@@ -99,7 +101,7 @@ from pathlib import Path
 from tests.activations.tiny_store import announce_appends, fill, manifest
 announce_appends()
 print("begun", flush=True)
-fill(Path(sys.argv[1]), manifest(), batches=500, rows=250)
+fill(Path(sys.argv[1]), manifest(), batches=500, rows=250, shards_at_once=int(sys.argv[2]))
 """
 
 
@@ -110,21 +112,66 @@ def test_fifty_kills_at_any_moment_and_the_same_command_gives_the_same_bytes(tmp
     root = Path(__file__).parents[2]
     moments = []
     for _ in range(50):
-        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=root) as child:
+        given = [*command, str(chance.randrange(1, 5))]
+        with subprocess.Popen(given, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=root) as child:
             assert child.stdout is not None
-            for _ in range(chance.randrange(0, 16)):
+            for _ in range(chance.randrange(0, 24)):
                 child.stdout.readline()
             time.sleep(chance.random() * 0.01)
             child.kill()
             assert child.wait() == -9, child.stderr and child.stderr.read()
         moments.append(len(list(store.glob("records/p0000/*"))))
+    print(moments)
     assert 20 < len(set(moments)) and moments[-1] < 244, "the kills were spread over the writing, and before its end"
     with pytest.raises(UserError, match="not complete: run `fac harvest` again"):
         StoreReader(store)
-    subprocess.run(command, check=True, stdout=subprocess.DEVNULL, cwd=root)
+    subprocess.run([*command, "3"], check=True, stdout=subprocess.DEVNULL, cwd=root)
     assert contents(store) == contents(tmp_path / "undisturbed")
     token = np.concatenate([everything(store, split).token for split in SPLITS])
     assert np.array_equal(np.sort(token), np.arange(500 * 250))
+
+
+def test_shards_written_together_are_committed_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fill(tmp_path / "one by one", manifest(), batches=20, rows=250)
+    write, events, together = module.write_arrays, list[str](), threading.Barrier(4)
+
+    def slow_at_first(root: Any, values: dict[str, np.ndarray], form: Any) -> None:
+        number = int(next(iter(values)).split("/")[2])
+        if number < 4:  # until four of them are being written, and then the last one first
+            together.wait(timeout=60)
+            time.sleep(0.05 * (3 - number))
+        write(root, values, form)
+        events.append(f"wrote {number}")
+
+    def noted(root: Any, key: str, value: Any) -> None:
+        events.append(f"committed {key}")
+        write_json(root, key, value)
+
+    write_json = module.write_json
+    monkeypatch.setattr(module, "write_arrays", slow_at_first)
+    monkeypatch.setattr(module, "write_json", noted)
+    fill(tmp_path / "together", manifest(), batches=20, rows=250, shards_at_once=4)
+    assert events[:4] == [f"wrote {number}" for number in (3, 2, 1, 0)]
+    assert [event for event in events if "records" in event] == sorted(event for event in events if "records" in event)
+    assert contents(tmp_path / "together") == contents(tmp_path / "one by one")
+
+
+def test_no_shard_is_committed_after_one_that_failed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write = module.write_arrays
+
+    def failing(root: Any, values: dict[str, np.ndarray], form: Any) -> None:
+        if any("/000002/" in path for path in values):
+            raise UserError("no space left")
+        write(root, values, form)
+
+    monkeypatch.setattr(module, "write_arrays", failing)
+    with pytest.raises(UserError, match="no space left"):
+        fill(tmp_path / "store", manifest(), batches=20, rows=250, shards_at_once=3)
+    assert [path.name for path in sorted(tmp_path.glob("store/records/p0000/*"))] == ["000000.json", "000001.json"]
+    monkeypatch.undo()
+    fill(tmp_path / "store", manifest(), batches=20, rows=250)
+    fill(tmp_path / "undisturbed", manifest(), batches=20, rows=250)
+    assert contents(tmp_path / "store") == contents(tmp_path / "undisturbed")
 
 
 def test_a_second_writer_of_one_name_is_stopped(tmp_path: Path) -> None:

@@ -33,10 +33,12 @@ def batch_rows(index: int, rows: int) -> tuple[Rows, np.ndarray]:
     return made, doc % 4 == 3
 
 
-def fill(path: Path | str, described: Manifest, batches: int, rows: int, step: int = 10) -> None:
+def fill(
+    path: Path | str, described: Manifest, batches: int, rows: int, step: int = 10, shards_at_once: int | None = None
+) -> None:
     """Write `batches` batches that begin at documents 0, `step`, ..., and complete the store."""
     create_store(path, described)
-    with StoreWriter(path, described, "p0000") as writer:
+    with StoreWriter(path, described, "p0000", shards_at_once) as writer:
         for index in range(batches):
             writer.append(index * step, {"batches": index}, *batch_rows(index, rows))
         writer.finish({"batches": batches})

@@ -154,7 +154,7 @@ def test_the_total_time_is_bounded_whatever_the_server_does():
         began = time.monotonic()
         with pytest.raises(UserError):
             generator(server, timeout_s=0.1, retries=3).generate(requests(1))
-        assert time.monotonic() - began < 0.4 + 0.2
+        assert time.monotonic() - began < 0.4 + 1
 
 
 def test_a_server_that_is_down_is_named():
