@@ -38,8 +38,9 @@ from fac_jax.downstream.published import Example
 from fac_jax.downstream.reward import training
 from fac_jax.downstream.tune import Learned, make_tuner
 from fac_jax.errors import UserError
-from fac_jax.llm.client import Request, open_generator
+from fac_jax.llm.client import Request
 from fac_jax.llm.fluency import nats_per_token
+from fac_jax.llm.generator import open_generator
 from fac_jax.llm.local import LocalGenerator, model_name
 from fac_jax.mesh import make_mesh
 from fac_jax.runs import write_text, writing

@@ -33,7 +33,8 @@ from fac_jax.features.scores.rating import requests_each
 from fac_jax.features.scores.score import KINDS, Scores, drawn, score_embedded, score_with
 from fac_jax.features.spans import Passages, explaining_spans, read_passages
 from fac_jax.features.task import Task, load_task
-from fac_jax.llm.client import Generator, open_generator
+from fac_jax.llm.client import Generator
+from fac_jax.llm.generator import open_generator
 from fac_jax.llm.question import label_schema, object_schema, question
 from fac_jax.llm.structured import Answer
 from fac_jax.mesh import make_mesh

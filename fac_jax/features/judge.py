@@ -30,7 +30,7 @@ from fac_jax.features.explain import active_features
 from fac_jax.features.passes import judge_with
 from fac_jax.features.statistics import association, benjamini_hochberg
 from fac_jax.features.task import load_task
-from fac_jax.llm.client import open_generator
+from fac_jax.llm.generator import open_generator
 from fac_jax.mesh import make_mesh
 from fac_jax.runs import write_text, writing
 from fac_jax.scan.parts import Identity

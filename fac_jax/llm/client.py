@@ -8,15 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Float, Float32
-
-from fac_jax.config.file import Config
-
-if TYPE_CHECKING:
-    from jax.sharding import Mesh
 
 Message = dict[str, str]
 
@@ -107,16 +102,3 @@ class Fluency(Protocol):
 
     def nats_per_token(self, messages: Sequence[Sequence[Message]], texts: Sequence[str]) -> Float32[np.ndarray, " n"]:
         """Mean negative log likelihood of each text's tokens, as the reply to its messages; NaN for an empty text."""
-
-
-def open_generator(config: Config, mesh: Mesh, directions: Directions | None = None) -> Generator:
-    """The server at `llm.url`, or the backbone itself when there is none; only the latter needs `directions`, and only
-    to be steered. Raises UserError when it is not there."""
-    # Imported late: with a server, the backbone's weights for decoding are never read, and the other way round.
-    if config.llm.url is None:
-        from fac_jax.llm.local import open_local
-
-        return open_local(config, mesh, directions)
-    from fac_jax.llm.http import open_server
-
-    return open_server(config)

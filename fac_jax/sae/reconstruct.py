@@ -127,6 +127,15 @@ class Chosen(NamedTuple):
     at_cap: Array
 
 
+class PartialSum(NamedTuple):
+    """What the features of one shard add to the reconstruction of its rows."""
+
+    sum_bpd: Array
+    """By nested group."""
+    l0_b: Array
+    active_f: Array
+
+
 def _reconstruct_shard(
     weights: Weights,
     threshold_f: Array | None,
@@ -149,11 +158,44 @@ def _reconstruct_shard(
     )
     weights = Weights(w_fd, w_enc_fd, b_enc_f, vary(b_dec_d, over_data + over_features))
     x_bd = vary(x_bd, over_features)
-    features = len(weights.b_enc_f)
 
     dead = None if dead_k is None else Dead(dead_f, dead_k)
     chosen = _choose(weights, x_bd, counted_b, k, dead, any_dead, choice, mesh)
-    shards = mesh.shape[FEATURE]
+    partial_sum, revived = _decode(weights, threshold_f, x_bd, counted_b, chosen, any_dead, dead_k, choice, mesh)
+
+    def total(sum_b: Array) -> Array:
+        """Over all features; of this shard's share of the rows where they can be shared."""
+        if not over_features or len(sum_b) % mesh.shape[FEATURE]:
+            return jax.lax.psum(sum_b, over_features)
+        return jax.lax.psum_scatter(sum_b, FEATURE, scatter_dimension=0, tiled=True)
+
+    x_hat_bpd = jnp.cumsum(total(partial_sum.sum_bpd), axis=1) + b_dec_d
+    dead_hat_bd = nothing_bd = jnp.zeros_like(x_hat_bpd[:, 0])
+    if revived is not None:  # nothing crosses shards where nobody is dead
+        dead_hat_bd = jax.lax.cond(any_dead, total, lambda _: nothing_bd, revived.sum_bpd[:, 0])
+    return Reconstruction(
+        x_hat_bpd=x_hat_bpd,
+        dead_hat_bd=dead_hat_bd,
+        active_f=jax.lax.psum(partial_sum.active_f, over_data),
+        l0_b=jax.lax.psum(partial_sum.l0_b, over_features),
+        threshold=chosen.threshold,
+        at_cap=chosen.at_cap,
+    )
+
+
+def _decode(
+    weights: Weights,
+    threshold_f: Array | None,
+    x_bd: Array,
+    counted_b: Array,
+    chosen: Chosen,
+    any_dead: Array,
+    dead_k: int | None,
+    choice: Choice,
+    mesh: Mesh,
+) -> tuple[PartialSum, Decoded | None]:
+    """What this shard's live features add, and what its dead ones would, each sparsely or densely as it costs less."""
+    features, shards = len(weights.b_enc_f), mesh.shape[FEATURE]
     rivals = choice.row_cap // choice.k_max * shards if choice.kind == "batchtopk" else shards
     groups = max(1, len(choice.prefixes))
     live_way = Way(choice.dense(features, shards), choice.dtype, groups, choice.platform, rivals)
@@ -163,31 +205,11 @@ def _reconstruct_shard(
     if chosen.live is None:
         assert threshold_f is not None
         jumped = decode_jump(choice.dtype, choice.width, weights, threshold_f, x_bd)
-        sum_bpd, l0_b = jumped.sum_bd[:, None], jumped.l0_b
         active_f = jnp.sum(jumped.on_bf & counted_b[:, None], axis=0, dtype=jnp.int32)
-    else:
-        assert found is not None
-        sum_bpd, l0_b = found.sum_bpd, (found.acts_bk > 0).sum(axis=1).astype(jnp.float32)
-        active_f = _count(found, chosen.live, counted_b, features, mesh)
-
-    def total(sum_b: Array) -> Array:
-        """Over all features; of this shard's share of the rows where they can be shared."""
-        if not over_features or len(sum_b) % mesh.shape[FEATURE]:
-            return jax.lax.psum(sum_b, over_features)
-        return jax.lax.psum_scatter(sum_b, FEATURE, scatter_dimension=0, tiled=True)
-
-    x_hat_bpd = jnp.cumsum(total(sum_bpd), axis=1) + b_dec_d
-    dead_hat_bd = nothing_bd = jnp.zeros_like(x_hat_bpd[:, 0])
-    if revived is not None:  # nothing crosses shards where nobody is dead
-        dead_hat_bd = jax.lax.cond(any_dead, total, lambda _: nothing_bd, revived.sum_bpd[:, 0])
-    return Reconstruction(
-        x_hat_bpd=x_hat_bpd,
-        dead_hat_bd=dead_hat_bd,
-        active_f=jax.lax.psum(active_f, over_data),
-        l0_b=jax.lax.psum(l0_b, over_features),
-        threshold=chosen.threshold,
-        at_cap=chosen.at_cap,
-    )
+        return PartialSum(jumped.sum_bd[:, None], jumped.l0_b, active_f), revived
+    assert found is not None
+    l0_b = (found.acts_bk > 0).sum(axis=1).astype(jnp.float32)
+    return PartialSum(found.sum_bpd, l0_b, _count(found, chosen.live, counted_b, features, mesh)), revived
 
 
 def _choose(

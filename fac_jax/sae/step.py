@@ -30,7 +30,7 @@ import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Array, Float, Float64, Int
+from jaxtyping import Array, Bool, Float, Float64, Int
 from scipy.special import ndtri
 
 from fac_jax.errors import UserError
@@ -215,27 +215,16 @@ def loss_and_metrics(
     """What is minimised; beside it the metrics, how often each feature was active, and the smallest activation kept
     (BatchTopK)."""
 
-    def scaled_rows(placement: NamedSharding) -> Array:
-        return jax.lax.with_sharding_constraint(batch.x_bd, placement).astype(jnp.float32) * problem.scale
-
-    # The loss is computed on rows that are shared out, but a feature shard reconstructs all rows of its data shard,
-    # which are gathered before they become float32.
-    x_bd, gathered_bd = scaled_rows(row_sharding(mesh, len(batch.x_bd))), scaled_rows(sharding(mesh, DATA))
-    square_b = jnp.mean(x_bd**2, axis=1)
-    limit = (problem.norm_limit * problem.scale) ** 2 / problem.d_model
-    counted_b = (square_b > 0) & (square_b <= limit) & (batch.weight_b > 0)
-    weight_b = jnp.where(counted_b, batch.weight_b, 0)
-    total = jnp.maximum(weight_b.sum(), jnp.finfo(jnp.float32).tiny)
-    share_b = weight_b / total
-
+    rows = weighted_rows(batch, problem, mesh)
+    x_bd, counted_b, share_b = rows.x_bd, rows.counted_b, rows.share_b
     aux_on = problem.aux_k > 0
     found = reconstruct(
-        trained(params), gathered_bd, counted_b, k, choice=problem.choice(k_max), mesh=mesh,
+        trained(params), rows.gathered_bd, counted_b, k, choice=problem.choice(k_max), mesh=mesh,
         dead=Dead(dead_f, problem.aux_k) if aux_on else None,
     )  # fmt: skip
     error_bpd = x_bd[:, None] - found.x_hat_bpd
     error_bd = error_bpd[:, -1]
-    error_bp = jnp.mean(error_bpd**2, axis=2) / jnp.where(counted_b, square_b, 1)[:, None]
+    error_bp = jnp.mean(error_bpd**2, axis=2) / jnp.where(counted_b, jnp.mean(x_bd**2, axis=1), 1)[:, None]
     loss_p = share_b @ error_bp
     loss = loss_p[-1]
     residual_bd = jax.lax.stop_gradient(error_bd)
@@ -258,11 +247,43 @@ def loss_and_metrics(
     )
     aside = metrics, found.active_f, found.threshold
     if problem.official:
-        return loss * total, aside
+        return loss * rows.weight, aside
     minimised = loss_p.mean() + problem.train.aux_coefficient * aux_loss
     if problem.sae.activation == "jumprelu":
         minimised += problem.sae.sparsity_coefficient * (l0 / k - 1) ** 2
     return minimised, aside
+
+
+class WeightedRows(NamedTuple):
+    """Scaled rows, and how much each counts."""
+
+    x_bd: Float[Array, "b d"]
+    """Shared out over all devices, as far as they can be."""
+    gathered_bd: Float[Array, "b d"]
+    """The same: all rows of a data shard in each of its feature shards."""
+    counted_b: Bool[Array, " b"]
+    """False for rows of zeros, of an outlying norm, and of weight 0."""
+    share_b: Float[Array, " b"]
+    """Of the sum of weights; 0 where a row does not count."""
+    weight: Float[Array, ""]
+    """That sum."""
+
+
+def weighted_rows(batch: Batch, problem: Problem, mesh: Mesh) -> WeightedRows:
+    """The rows of a batch as the loss reads them."""
+
+    def scaled_rows(placement: NamedSharding) -> Array:
+        return jax.lax.with_sharding_constraint(batch.x_bd, placement).astype(jnp.float32) * problem.scale
+
+    # The loss is computed on rows that are shared out, but a feature shard reconstructs all rows of its data shard,
+    # which are gathered before they become float32.
+    x_bd, gathered_bd = scaled_rows(row_sharding(mesh, len(batch.x_bd))), scaled_rows(sharding(mesh, DATA))
+    square_b = jnp.mean(x_bd**2, axis=1)
+    limit = (problem.norm_limit * problem.scale) ** 2 / problem.d_model
+    counted_b = (square_b > 0) & (square_b <= limit) & (batch.weight_b > 0)
+    weight_b = jnp.where(counted_b, batch.weight_b, 0)
+    weight = jnp.maximum(weight_b.sum(), jnp.finfo(jnp.float32).tiny)
+    return WeightedRows(x_bd, gathered_bd, counted_b, weight_b / weight, weight)
 
 
 def trained(params: Params) -> SAE:

@@ -16,9 +16,9 @@ from fac_jax.errors import UserError
 from fac_jax.progress import progress
 from fac_jax.scale.chips import Topology
 from fac_jax.scale.devices import Machine, machine
+from fac_jax.scale.predict import Step, train_step
 
 if TYPE_CHECKING:
-    from fac_jax.scale.plan import Step
     from fac_jax.scale.programs import OutOfMemory
 
 GIB = 2**30
@@ -97,7 +97,6 @@ def _with(config: Config, data: int, feature: int, rows: int) -> Config:
 
 def _compiled(config: Config, d_model: int, target: Machine, whole: bool = False) -> Step:
     """The step that a config asks for, at its last K only unless `whole`. Raises OutOfMemory, by arithmetic first."""
-    from fac_jax.scale.plan import train_step
     from fac_jax.scale.programs import OutOfMemory
 
     limit = target.topology.chip.device.memory_gib * GIB

@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import re
 import sys
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
 from fac_jax.config.file import Config
 from fac_jax.scale.cost import Cost
-
-if TYPE_CHECKING:
-    from fac_jax.scale.plan import Plan, Step
-    from fac_jax.scale.search import Found
+from fac_jax.scale.predict import Plan, Step
+from fac_jax.scale.search import Found
 
 SHOWN = 8
 """Parts of a step that are shown, those that take the longest."""

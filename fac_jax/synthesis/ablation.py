@@ -33,7 +33,8 @@ from fac_jax.coverage import fac as arithmetic
 from fac_jax.coverage.measure import missing_rows
 from fac_jax.errors import UserError
 from fac_jax.features.judge import relevant_features
-from fac_jax.llm.client import Fluency, Generator, open_generator
+from fac_jax.llm.client import Fluency, Generator
+from fac_jax.llm.generator import open_generator
 from fac_jax.llm.ledger import price
 from fac_jax.mesh import make_mesh
 from fac_jax.runs import write_text

@@ -27,7 +27,8 @@ import pyarrow.parquet as pq
 from scipy.sparse import csr_array, vstack
 
 from fac_jax.config.file import Config
-from fac_jax.llm.client import Generator, open_generator
+from fac_jax.llm.client import Generator
+from fac_jax.llm.generator import open_generator
 from fac_jax.mesh import make_mesh
 from fac_jax.runs import write_text, writing
 from fac_jax.scan.product import load_scans

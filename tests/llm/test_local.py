@@ -15,7 +15,8 @@ from fac_jax.config.activations import BackboneConfig
 from fac_jax.config.file import Config
 from fac_jax.config.llm import LlmConfig
 from fac_jax.errors import UserError
-from fac_jax.llm.client import Directions, Request, Steer, open_generator
+from fac_jax.llm.client import Directions, Request, Steer
+from fac_jax.llm.generator import open_generator
 from fac_jax.llm.local import LocalGenerator, model_name
 from tests.backbone.tiny_backbone import EOS, VOCAB, write_model
 

@@ -16,7 +16,7 @@ from fac_jax.config.file import Config, to_yaml
 from fac_jax.config.machine import MeshConfig
 from fac_jax.config.sae import SaeConfig, TrainConfig
 from fac_jax.errors import UserError
-from fac_jax.scale import devices, plan, search, tables
+from fac_jax.scale import devices, plan, predict, search, tables
 from fac_jax.scale.chips import CHIPS, Topology, read_topology
 from fac_jax.scale.programs import memory_error, model_config
 
@@ -50,7 +50,7 @@ def small(name: str, memory_gib: float) -> Topology:
     return replace(topology, chip=replace(topology.chip, memory_gib=memory_gib))
 
 
-def made(config: Config, topology: Topology) -> plan.Plan:
+def made(config: Config, topology: Topology) -> predict.Plan:
     return plan.make(config, topology, train_tokens=100 * 512, harvest_tokens=1000)
 
 
@@ -159,10 +159,10 @@ def test_idle_devices_and_uneven_batches_are_refused(config: Config) -> None:
 
 
 def test_columns_that_a_step_is_expected_to_decode() -> None:
-    assert plan.narrowing(20, 1, 512) == (1, 0)  # one shard keeps all of them
-    assert plan.narrowing(20, 4, 65_536) == (2, 0)  # 5 on average, but some row has more than 10 on one shard
-    assert plan.narrowing(20, 64, 65_536) == (4, 1)  # .3 on average; 6 somewhere: 10 columns of 20, not 5 or 3
-    assert plan.narrowing(20, 4096, 64) == (4, 3)
+    assert predict.narrowing(20, 1, 512) == (1, 0)  # one shard keeps all of them
+    assert predict.narrowing(20, 4, 65_536) == (2, 0)  # 5 on average, but some row has more than 10 on one shard
+    assert predict.narrowing(20, 64, 65_536) == (4, 1)  # .3 on average; 6 somewhere: 10 columns of 20, not 5 or 3
+    assert predict.narrowing(20, 4096, 64) == (4, 3)
 
 
 @pytest.mark.parametrize(("text", "value"), [("2**20", 2**20), ("1_000", 1000), ("113,000", 113_000), (None, None)])

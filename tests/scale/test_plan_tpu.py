@@ -14,7 +14,7 @@ from fac_jax.config.machine import MeshConfig
 from fac_jax.config.sae import SaeConfig, TrainConfig
 from fac_jax.errors import UserError
 from fac_jax.mesh import make_mesh
-from fac_jax.scale import plan, tables
+from fac_jax.scale import plan, predict, tables
 from fac_jax.scale.chips import CHIPS, read_topology
 from fac_jax.scale.devices import has_libtpu, machine, prepare
 from fac_jax.scale.hlo import parse
@@ -42,10 +42,10 @@ def asked(features: int, feature_shards: int, rows: int) -> Config:
     )
 
 
-def step(config: Config, topology: str, slices: int = 1) -> plan.Step:
+def step(config: Config, topology: str, slices: int = 1) -> predict.Step:
     target = machine(read_topology(topology, slices))
     assert target.real
-    return plan.train_step(config, 4096, target)
+    return predict.train_step(config, 4096, target)
 
 
 def test_65536_features_fit_sixteen_v5e() -> None:
