@@ -9,6 +9,7 @@ server that ignores schemas is said at once and not found out by failures.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
 import logging
 import random
@@ -53,6 +54,26 @@ def open_server(config: Config) -> HttpGenerator:
     """The server at `llm.url`, with the run's ledger and the user's cache."""
     ledger = Ledger(Path(config.run.dir), config.llm, config.judge.task)
     return HttpGenerator(config.llm, ledger, open_cache() if config.llm.cache else None)
+
+
+class End:
+    """Why a call sends nothing more, once it does not; what waits to be sent then waits no longer."""
+
+    def __init__(self, pace: Pace) -> None:
+        self.reason: UserError | None = None
+        self._pace, self._come = pace, asyncio.Event()
+
+    def because(self, reason: UserError) -> None:
+        """The first reason counts. What is in flight may still arrive."""
+        if self.reason is None:
+            self.reason = reason
+            self._come.set()
+            self._pace.give_up()
+
+    async def pause(self, seconds: float) -> None:
+        """Sleep, but not beyond the end."""
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._come.wait(), seconds)
 
 
 class HttpGenerator:
@@ -122,8 +143,7 @@ class HttpGenerator:
     ) -> list[Reply]:
         bodies = [chat_body(self.model, request) for request in requests]
         replies: dict[int, Reply] = {}
-        failures: list[UserError] = []
-        self._pace.start()
+        end = self._begin()
 
         def arrived(index: int, reply: Reply, cached: bool) -> None:
             self._note(about[index], requests[index], reply, cached)
@@ -135,7 +155,7 @@ class HttpGenerator:
 
         async with self._exchange.session() as session:
             if self._cache is not None or any(request.schema is not None for request in requests):
-                await self._meet(session)
+                await self._meet(session, end)
             names = keys(self._identity or {}, bodies) if self._cache is not None else []
             there = self._cache.get(names) if self._cache is not None else {}
             for index, name in enumerate(names):
@@ -145,18 +165,18 @@ class HttpGenerator:
 
             async def work() -> None:
                 for index in todo:
-                    if failures:  # nothing new is begun after a failure; what is in flight may still arrive and is kept
+                    if end.reason is not None:
                         return
                     try:
-                        reply = await self._call(session, "/chat/completions", bodies[index], read_reply, failures)
+                        reply = await self._call(session, "/chat/completions", bodies[index], read_reply, end)
                     except UserError as error:
-                        failures.append(error)
+                        end.because(error)
                         return
                     arrived(index, reply, cached=False)
 
             await asyncio.gather(*(work() for _ in range(min(self._config.concurrency, len(requests) - len(replies)))))
-        if failures:
-            raise UserError(f"{failures[0]} ({len(replies)} of {len(requests)} replies had arrived)")
+        if end.reason is not None and len(replies) < len(requests):
+            raise UserError(f"{end.reason} ({len(replies)} of {len(requests)} replies had arrived)")
         return [replies[index] for index in range(len(requests))]
 
     async def _call(
@@ -165,7 +185,7 @@ class HttpGenerator:
         path: str,
         body: bytes | None,
         read: Callable[[Any], T],
-        failures: Sequence[UserError],
+        end: End,
     ) -> T:
         """One request with its tries; gives up early once another request has failed for good."""
         began, deadline = 0.0, float("inf")
@@ -174,8 +194,8 @@ class HttpGenerator:
             if tries == 1:
                 began, deadline = sent, sent + self._config.timeout_s * (self._config.retries + 1)
             try:
-                if failures:
-                    raise failures[0]
+                if end.reason is not None:
+                    raise end.reason
                 timeout_s = self._seconds_for_one(deadline)
             except UserError:
                 self._pace.end(sent, None)
@@ -194,12 +214,12 @@ class HttpGenerator:
             # Jittered, so that requests which failed together do not come back in step.
             growing_s = self._first_pause_s * 2 ** (tries - 1) * random.uniform(0.5, 1.5)
             pause_s, left_s = max(growing_s, self._pace.paused_s()), deadline - time.monotonic()
-            if last.final or failures or tries > self._config.retries:
+            if last.final or end.reason is not None or tries > self._config.retries:
                 break
             if pause_s >= left_s:
                 last.what += f"; the next try would be in {pause_s:.1f} s, and {max(left_s, 0):.1f} s are left"
                 break
-            await asyncio.sleep(pause_s)
+            await end.pause(pause_s)
         raise UserError(self._exchange.explain(path, last, tries, time.monotonic() - began))
 
     def _seconds_for_one(self, deadline: float) -> float:
@@ -210,23 +230,36 @@ class HttpGenerator:
         if most is None:
             return min(self._config.timeout_s, deadline - now)
         if now >= STARTED + most:
-            raise UserError(
-                f"llm.deadline_s is {most:g} and the command has run for {now - STARTED:.0f} s: what arrived is kept; "
-                "run the same command again to go on"
-            )
+            raise self._out_of_time()
         return min(self._config.timeout_s, deadline - now, STARTED + most - now)
 
-    async def _models(self) -> list[dict[str, Any]]:
+    def _out_of_time(self) -> UserError:
+        seconds = time.monotonic() - STARTED
+        return UserError(
+            f"llm.deadline_s is {self._config.deadline_s:g} and the command has run for {seconds:.0f} s: "
+            "what arrived is kept; run the same command again to go on"
+        )
+
+    def _begin(self) -> End:
+        """A new event loop has begun: its end, which `llm.deadline_s` brings at the latest."""
         self._pace.start()
+        end = End(self._pace)
+        if self._config.deadline_s is not None:
+            left_s = max(0.0, STARTED + self._config.deadline_s - time.monotonic())
+            asyncio.get_running_loop().call_later(left_s, lambda: end.because(self._out_of_time()))
+        return end
+
+    async def _models(self) -> list[dict[str, Any]]:
+        end = self._begin()
         async with self._exchange.session() as session:
-            return await self._call(session, "/models", None, read_models, [])
+            return await self._call(session, "/models", None, read_models, end)
 
     async def _meet_alone(self) -> dict[str, Any]:
-        self._pace.start()
+        end = self._begin()
         async with self._exchange.session() as session:
-            return await self._meet(session)
+            return await self._meet(session, end)
 
-    async def _meet(self, session: aiohttp.ClientSession) -> dict[str, Any]:
+    async def _meet(self, session: aiohttp.ClientSession, end: End) -> dict[str, Any]:
         if self._identity is not None:
             return self._identity
         if self._listed is None:
@@ -236,7 +269,7 @@ class HttpGenerator:
                 self._listed = []
         entry = next((entry for entry in self._listed if entry["id"] == self.model), {})
         listed = {key: value for key, value in entry.items() if key not in VOLATILE}
-        reply = await self._call(session, "/chat/completions", chat_body(self.model, PROBE), read_reply, [])
+        reply = await self._call(session, "/chat/completions", chat_body(self.model, PROBE), read_reply, end)
         self._note("probe", PROBE, reply, cached=False)
         self.follows_schema = read_answer(reply.text, PROBE.schema or {}).value is not None
         if not self.follows_schema:

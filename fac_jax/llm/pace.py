@@ -66,13 +66,19 @@ class Pace:
         self._measured_from = self._grown_at = clock()
         self._accepted, self._paused_s, self._measured_rate, self._known = 0, 0.0, 0.0, False
         self._waiting: list[tuple[bool, int, asyncio.Future[None]]] = []
+        self._over = False
         self._order = itertools.count()
         self._timer: asyncio.TimerHandle | None = None
 
     def start(self) -> None:
         """A new event loop begins; what was learned stays, but the time in between measured nothing."""
-        self._waiting, self._timer, self.in_flight = [], None, 0
+        self._waiting, self._timer, self.in_flight, self._over = [], None, 0, False
         self._measure(self._clock(), self._known)
+
+    def give_up(self) -> None:
+        """Nothing more is sent: all that wait for a turn have it at once, and are to end it without sending."""
+        self._over = True
+        self._admit()
 
     async def begin(self, again: bool = False) -> float:
         """Wait for a turn (a request that is tried `again` goes first); returns the time of sending."""
@@ -167,10 +173,10 @@ class Pace:
 
     def _admit(self) -> None:
         """Let those that wait go, as far as the limits allow; `_leave` or a timer calls it again for the rest."""
-        while self._waiting and self.in_flight < int(self.limit):
+        while self._waiting and (self._over or self.in_flight < int(self.limit)):
             now = self._clock()
             wait_s = max(self._not_before, self._next) - now
-            if wait_s > 0:
+            if wait_s > 0 and not self._over:
                 if self._timer is not None:
                     self._timer.cancel()
                 self._timer = asyncio.get_running_loop().call_later(wait_s, self._wake)

@@ -9,6 +9,7 @@ import pytest
 
 from fac_jax.config.llm import LlmConfig
 from fac_jax.errors import UserError
+from fac_jax.llm import http
 from fac_jax.llm.client import Reply, Request, Steer
 from fac_jax.llm.exchange import read_reply
 from fac_jax.llm.fake import BROKEN, GARBAGE, GOOD, TRUNCATED, WRONG_SHAPE, Answer, FakeServer, rate_limited
@@ -147,6 +148,24 @@ def test_a_retry_after_beyond_the_deadline_ends_at_once():
         with pytest.raises(UserError, match=r"HTTP 429.*next try would be in 3600\.0 s, and \d+\.\d s are left"):
             generator(server).generate(requests(1))
         assert time.monotonic() - began < 2
+
+
+@pytest.mark.parametrize("concurrency", [1, 4, 16])
+def test_nobody_waits_out_a_retry_after_once_the_run_has_failed(concurrency: int):
+    with FakeServer([Answer()] * 2, then=rate_limited("3600")) as server:
+        began = time.monotonic()
+        with pytest.raises(UserError, match=r"HTTP 429.*\(\d+ of 16 replies had arrived\)"):
+            generator(server, concurrency=concurrency).generate(requests(16))
+        assert time.monotonic() - began < 3
+
+
+def test_the_deadline_ends_what_waits_for_its_turn(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(http, "STARTED", time.monotonic())
+    with FakeServer(then=rate_limited("20")) as server:
+        began = time.monotonic()
+        with pytest.raises(UserError, match=r"llm.deadline_s is 1 and the command has run for"):
+            generator(server, concurrency=16, deadline_s=1.0, timeout_s=60.0).generate(requests(16))
+        assert time.monotonic() - began < 5
 
 
 def test_the_total_time_is_bounded_whatever_the_server_does():
