@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack
@@ -39,18 +40,21 @@ from fac_jax.activations.store import (
 from fac_jax.activations.writer import StoreWriter
 from fac_jax.backbone.weights import Loaded, load_backbone
 from fac_jax.config.file import Config
-from fac_jax.distributed import Process, from_all, wait_for_all
+from fac_jax.corpus_files import fingerprints
+from fac_jax.distributed import Process, beat, from_all, wait_for_all
 from fac_jax.errors import UserError
 from fac_jax.mesh import own_mesh
 from fac_jax.packing import PackedBatch, encode_all, pack
 from fac_jax.plain import digest
 from fac_jax.progress import Bar, progress
 from fac_jax.runs import write_text
-from fac_jax.text import count_documents, document_hash, read_documents
+from fac_jax.text import Document, count_documents, document_hash, read_documents
 
 log = logging.getLogger(__name__)
-LONG_WAIT = 0.1
-"""Of a harvest's time: what writing may take on two cores."""
+BATCH_S = 600.0
+"""Seconds for a batch of the backbone, or the last shards, before a run of several processes is given up."""
+LONG_WAIT, LONG_WAIT_S = 0.1, 10.0
+"""Share of a harvest's time, and seconds, from which on it says that it waited for its store."""
 
 
 class Harvested(NamedTuple):
@@ -82,6 +86,7 @@ def harvest(config: Config, out: Path, inputs: Mapping[str, Path]) -> dict[str, 
     wait_for_all("harvest: store created")
     started = time.monotonic()
     done = harvest_documents(config, loaded, manifests, index)
+    beat("the harvest of this process; others may have more", math.inf)  # the dead have no pulse
     tokens, waited_s = from_all(np.asarray(done, np.float64)).T  # until all are written
     done = Harvested(int(tokens.sum()), float(waited_s.max()))
     seconds = time.monotonic() - started
@@ -98,9 +103,10 @@ def harvest(config: Config, out: Path, inputs: Mapping[str, Path]) -> dict[str, 
 
 def describe(config: Config, loaded: Loaded, layer: int, writers: int) -> Manifest:
     """The manifest of the store that this config makes of one layer."""
-    settings = config.harvest
+    settings, dataset = config.harvest, config.dataset(config.harvest.data)
+    read = sorted({source.path for source in (*dataset.sources, *dataset.without)})
     rows = {
-        "data": config.dataset(settings.data),
+        "data": dataset,
         "harvest": {**settings.content, "layers": [], "store": None},  # where, and beside which others, changes no row
         "rows_per_batch": config.backbone.rows_per_batch,
         "row_tokens": config.backbone.row_tokens,
@@ -120,6 +126,7 @@ def describe(config: Config, loaded: Loaded, layer: int, writers: int) -> Manife
         compression=settings.compression,
         block_rows=rows_per_block(loaded.config.d_model, settings.dtype),
         norm_filter=settings.norm_filter,
+        files_digest=digest([fingerprints(path) for path in read]),
     )
 
 
@@ -162,6 +169,7 @@ def _harvest_into(
             if waiting is not None:
                 _store(writers.values(), fraction, *waiting)
             waiting = batch, counts, resid
+            beat("a harvested batch", BATCH_S)
             counts = _counted(counts, batch, config.dataset(config.harvest.data).max_tokens)
             bar.advance(len(batch.documents) if share is None else int(batch.content.sum()))
             if share is not None and counts["content_tokens"] >= share:
@@ -170,6 +178,7 @@ def _harvest_into(
             _store(writers.values(), fraction, *waiting)
     malformed = len(skipped) if index == 0 else 0  # every process reads all rows
     for writer in writers.values():
+        beat("the last batch, or the last shards of a layer", BATCH_S)
         writer.finish({**counts, "malformed_rows": malformed})
     return counts.get("real_tokens", 0) - begun.get("real_tokens", 0)
 
@@ -191,9 +200,17 @@ def _batches(
 ) -> Iterator[PackedBatch]:
     """Packed batches of this writer's documents; `first` counts its own documents only."""
     dataset = config.dataset(config.harvest.data)
-    own = islice(read_documents(dataset, config.harvest.data, skipped), index, None, writers)
+    every = _alive(read_documents(dataset, config.harvest.data, skipped))
+    own = islice(every, index, None, writers)
     encoded = encode_all(islice(own, first, None), loaded.tokenizer, dataset.max_tokens)
     return pack(encoded, config.backbone.rows_per_batch, config.backbone.row_tokens, first)
+
+
+def _alive(documents: Iterable[Document]) -> Iterator[Document]:
+    """The documents, each a sign of life: those of other processes, and those harvested already, can take hours."""
+    for document in documents:
+        beat("a document", BATCH_S)
+        yield document
 
 
 def _store(
@@ -255,7 +272,7 @@ def _summary(
     if config.harvest.tokens is not None and counts["content_tokens"] < config.harvest.tokens:
         found, asked = counts["content_tokens"], config.harvest.tokens
         log.warning("data.%s has only %d content tokens, harvest.tokens asks %d", data, found, asked)
-    if done.waited_s > LONG_WAIT * seconds:
+    if done.waited_s > max(LONG_WAIT * seconds, LONG_WAIT_S):
         log.warning(
             "%.0f%% of the harvest's time went into waiting for shards to be written: --harvest.shards_at_once writes "
             "more of them at a time, and takes memory for each",

@@ -33,7 +33,7 @@ import jax
 import numpy as np
 from jaxtyping import Float, Float64, Int64
 
-from fac_jax.activations.harvest import content_rows, held_out
+from fac_jax.activations.harvest import BATCH_S, content_rows, held_out
 from fac_jax.activations.manifest import sums_of
 from fac_jax.activations.positions import Dealer, Piece, Position, Positions, cut
 from fac_jax.activations.rows import Rows, empty_rows, row_dtype
@@ -51,8 +51,6 @@ from fac_jax.text import Document, read_documents
 log = logging.getLogger(__name__)
 STATISTICS = "live.json"
 HELD_OUT_ROWS = 8_192
-BATCH_S = 600.0
-"""Seconds that a batch of the backbone may take before a run of several processes is given up."""
 
 Result = TypeVar("Result")
 Window = tuple[Rows, Int64[np.ndarray, " n"]]

@@ -128,6 +128,8 @@ class Manifest:
     """Present when the store is complete."""
     members: tuple[str, ...] = ()
     """Of a merged store: the stores whose shards it names; it holds none itself."""
+    files_digest: str = ""
+    """Of the corpus's files; empty in stores from before it was noted."""
 
     @property
     def form(self) -> Form:

@@ -104,7 +104,8 @@ def create_store(path: str | Path, manifest: Manifest) -> None:
     if there is None:
         write_json(root, "manifest.json", manifest)
     else:
-        check_holds(there, path, "harvest into another run.dir, or delete that folder", **identity(manifest))
+        asked = identity(manifest) | ({} if there.files_digest else {"files_digest": ""})
+        check_holds(there, path, "harvest into another run.dir or harvest.store, or delete that folder", **asked)
 
 
 def read_manifest(path: str | Path) -> Manifest:

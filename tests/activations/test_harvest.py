@@ -5,12 +5,13 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
+import math
 import re
 import shutil
 import time
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import jax
 import numpy as np
@@ -19,10 +20,12 @@ from jax.sharding import Mesh
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from fac_jax import distributed
 from fac_jax.activations import harvest as module
 from fac_jax.activations import writer
+from fac_jax.activations.arrays import open_root, read_json, write_json
 from fac_jax.activations.harvest import describe, harvest, harvest_documents
-from fac_jax.activations.manifest import SPLITS
+from fac_jax.activations.manifest import SPLITS, Manifest
 from fac_jax.activations.reader import StoreReader
 from fac_jax.activations.store import (
     complete_store,
@@ -194,6 +197,7 @@ def test_a_harvest_that_waits_for_its_store_says_so(
         write(*arguments)
 
     monkeypatch.setattr(writer, "write_arrays", slowly)
+    monkeypatch.setattr(module, "LONG_WAIT_S", 0.1)
     assert run(monkeypatch, config, tmp_path / "slow", FakeBackbone())["store_wait"] > 0.1
     assert re.search(r"\d\d% of the harvest's time .* --harvest.shards_at_once writes more", caplog.text)
 
@@ -215,6 +219,24 @@ def test_the_next_batch_begins_before_this_one_is_fetched(
     assert events == expected
 
 
+def test_every_batch_and_every_document_is_a_sign_of_life(
+    config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Recorder:
+        beats: ClassVar[list[tuple[str, float | None]]] = []
+
+        def beat(self, doing: str, limit_s: float | None) -> None:
+            self.beats.append((doing, limit_s))
+
+    monkeypatch.setattr(distributed.Process, "watchdog", Recorder())
+    backbone = FakeBackbone()
+    run(monkeypatch, config, tmp_path / "out", backbone)
+    *before, last = Recorder.beats
+    assert [doing for doing, _ in before].count("a harvested batch") == backbone.batches > 10
+    assert [doing for doing, _ in before].count("a document") >= 300
+    assert {limit_s for _, limit_s in before} == {module.BATCH_S} and last[1] == math.inf, "others may have more"
+
+
 def test_processes_share_the_corpus(config: Config, tmp_path: Path) -> None:
     config = dataclasses.replace(config, harvest=dataclasses.replace(config.harvest, tokens=None))
     loaded: Any = FakeBackbone()
@@ -233,7 +255,7 @@ def test_a_store_of_something_else_is_left_alone(
     run(monkeypatch, config, tmp_path / "out", FakeBackbone())
     other = harvesting(config, norm_filter=10.0)
     with pytest.raises(
-        UserError, match="holds .*norm_filter 0.0, config asks .*harvest into another run.dir, or delete"
+        UserError, match="holds .*norm_filter 0.0, config asks .*harvest into another run.dir or harvest.store, or delete"
     ):
         run(monkeypatch, other, tmp_path / "out", FakeBackbone())
 
@@ -325,6 +347,24 @@ def with_text(config: Config, path: Path, text: str, **changes: Any) -> Config:
     path.write_text(text)
     dataset = DataSet(sources=(Source(path=str(path)),), max_tokens=24, **changes)
     return dataclasses.replace(config, data={"corpus": dataset})
+
+
+def test_a_store_of_the_same_settings_and_another_corpus_is_left_alone(
+    config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run(monkeypatch, config, tmp_path / "out", FakeBackbone())
+    before = contents(tmp_path / "out")
+    path = Path(config.data["corpus"].sources[0].path)
+    path.write_text(path.read_text().replace("w1", "w2"))
+    with pytest.raises(UserError, match=r"holds files_digest \w+, config asks \w+: harvest into another"):
+        run(monkeypatch, config, tmp_path / "out", FakeBackbone())
+    assert contents(tmp_path / "out") == before
+    # A store from before the files were noted is gone on with.
+    root = open_root(layer_path(tmp_path / "out", 3))
+    there = read_json(root, "manifest.json", Manifest)
+    assert there is not None
+    write_json(root, "manifest.json", dataclasses.replace(there, files_digest=""))
+    assert run(monkeypatch, config, tmp_path / "out", FakeBackbone())["tokens_per_second"] == 0
 
 
 def test_an_empty_corpus(config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
