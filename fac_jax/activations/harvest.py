@@ -37,6 +37,7 @@ from fac_jax.activations.store import (
     stored_bytes,
     writer_name,
 )
+from fac_jax.activations.upkeep import look_again
 from fac_jax.activations.writer import StoreWriter
 from fac_jax.backbone.weights import Loaded, load_backbone
 from fac_jax.config.file import Config
@@ -92,6 +93,8 @@ def harvest(config: Config, out: Path, inputs: Mapping[str, Path]) -> dict[str, 
     seconds = time.monotonic() - started
     writers = [writer_name(i) for i in range(count)]
     totals = {path: complete_store(path, writers) for path in manifests} if index == 0 else {}
+    for path in totals:
+        look_again(path)
     wait_for_all("harvest: complete")
     if index:
         return {}

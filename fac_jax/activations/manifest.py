@@ -10,7 +10,6 @@ import dataclasses
 import hashlib
 import json
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -234,26 +233,43 @@ def part_of(sums: Sums, outliers: int, rounding: float) -> Part:
     return Part(len(sums.squares_b), *described, norms, outliers, rounding)
 
 
-def reduce_parts(parts: Sequence[tuple[str, Part]], d_model: int) -> SplitTotals:
-    """Totals of a split from (path, part) of its shards. A sampled norm weighs as many rows as it stands for."""
-    rows = sum(part.rows for _, part in parts)
-    filled = [(path, part) for path, part in parts if part.rows]
-    mean_d, second_moment_d = np.zeros(d_model), np.zeros(d_model)
-    for _, part in filled:
-        mean_d += np.asarray(part.sum) / rows
-        second_moment_d += np.asarray(part.squares) / rows
-    norms = np.concatenate([[0.0] * (not rows), *(part.norms for _, part in filled)])
-    weights = np.concatenate([[1.0] * (not rows), *(np.full(len(p.norms), p.rows / len(p.norms)) for _, p in filled)])
-    quantiles = np.quantile(norms, QUANTILES, weights=weights, method="inverted_cdf")
-    return SplitTotals(
-        rows=rows,
-        parts=tuple((path, part.rows) for path, part in filled),
-        mean=tuple(mean_d.tolist()),
-        second_moment=tuple(second_moment_d.tolist()),
-        norm_quantiles={str(q): float(value) for q, value in zip(QUANTILES, quantiles, strict=True)},
-        outliers=sum(part.outliers for _, part in parts),
-        rounding=sum(part.rounding for _, part in parts) / max(rows, 1),
-    )
+class Reduction:
+    """Totals of a split, from its parts one by one: of each only path, rows and sampled norms are kept."""
+
+    def __init__(self, d_model: int) -> None:
+        self._sum_d, self._squares_d = np.zeros(d_model), np.zeros(d_model)
+        self._parts: list[tuple[str, int]] = []
+        self._norms = [np.empty(0, np.float32)]
+        self._outliers, self._rounding = 0, 0.0
+
+    def add(self, path: str, part: Part) -> None:
+        """One more part."""
+        self._outliers += part.outliers
+        if part.rows:
+            self._sum_d += part.sum
+            self._squares_d += part.squares
+            self._parts.append((path, part.rows))
+            self._norms.append(np.asarray(part.norms, np.float32))
+            self._rounding += part.rounding
+
+    def totals(self) -> SplitTotals:
+        """Of the parts so far. A sampled norm weighs as many rows as it stands for."""
+        rows = sum(count for _, count in self._parts)
+        sampled = zip(self._parts, self._norms[1:], strict=True)
+        weights = [np.full(len(norms), count / len(norms), np.float32) for (_, count), norms in sampled]
+        quantiles = np.zeros(len(QUANTILES))
+        if rows:
+            norms, weight = np.concatenate(self._norms), np.concatenate(weights)
+            quantiles = np.quantile(norms, QUANTILES, weights=weight, method="inverted_cdf")
+        return SplitTotals(
+            rows=rows,
+            parts=tuple(self._parts),
+            mean=tuple((self._sum_d / max(rows, 1)).tolist()),
+            second_moment=tuple((self._squares_d / max(rows, 1)).tolist()),
+            norm_quantiles={str(q): float(value) for q, value in zip(QUANTILES, quantiles, strict=True)},
+            outliers=self._outliers,
+            rounding=self._rounding / max(rows, 1),
+        )
 
 
 def seal(value: Any) -> bytes:

@@ -141,7 +141,8 @@ class StoreReader:
         return (
             f"block {number} of shard {path} of the store at {root.url}",
             f"delete {record_of(path)} and the run's activations/stage.json, then run `fac harvest` again, which makes "
-            f"the shard anew; or run `fac store verify {root.url}`, which finds all damage, and train on without it",
+            "that shard and those after it anew; or run "
+            f"`fac store verify {root.url}`, which finds all damage, and train on without it",
         )
 
     def _where(self, shard: int) -> tuple[Root, str]:

@@ -25,11 +25,11 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from fac_jax.activations.arrays import Root, open_array, open_root, read_json, remove, storage, write_json
+from fac_jax.activations.arrays import Root, open_array, open_root, read_json, storage, write_json
 from fac_jax.activations.manifest import (
     SPLITS,
     Finished,
@@ -38,10 +38,11 @@ from fac_jax.activations.manifest import (
     Part,
     Quarantine,
     Record,
+    Reduction,
+    Split,
     Totals,
     check_holds,
     identity,
-    reduce_parts,
 )
 from fac_jax.config.file import Config
 from fac_jax.errors import UserError
@@ -126,10 +127,7 @@ def finished_counts(path: str | Path, writer: str) -> dict[str, int] | None:
 
 
 def complete_store(path: str | Path, writers: Sequence[str]) -> Totals:
-    """Reduce the commit records to totals and write them into the manifest: from now on the store can be read.
-
-    Every shard has just been made or looked at, so what was quarantined before is forgotten.
-    """
+    """Reduce the commit records to totals and write them into the manifest: from now on the store can be read."""
     root, manifest = open_root(path), read_manifest(path)
     counts: dict[str, int] = {}
     for writer in writers:
@@ -138,9 +136,8 @@ def complete_store(path: str | Path, writers: Sequence[str]) -> Totals:
             raise UserError(f"store at {path}: writer {writer} has not finished; run `fac harvest` again")
         for name, value in finished.counts.items():
             counts[name] = counts.get(name, 0) + value
-    totals = totals_of(manifest, [parts_of(root, writers)], counts)
+    totals = totals_of(manifest, parts_of(root, writers), counts)
     write_json(root, "manifest.json", dataclasses.replace(manifest, totals=totals))
-    remove(root, "quarantine.json")
     return totals
 
 
@@ -153,24 +150,27 @@ def stored_bytes(path: str | Path) -> int:
     return rows * (manifest.d_model * (1 if manifest.dtype == "int8" else 2) + 8 * origin_width(manifest))
 
 
-PartsBySplit = dict[str, list[tuple[str, Part]]]
+PlacedPart = tuple[Split, str, Part]
+"""Split, path, and what the record says of it."""
 
 
-def parts_of(root: Root, writers: Sequence[str], prefix: str = "") -> PartsBySplit:
-    """(path, part) of every shard of finished writers, by split; `prefix` goes before each path."""
-    parts: PartsBySplit = {split: [] for split in SPLITS}
+def parts_of(root: Root, writers: Sequence[str], prefix: str = "") -> Iterator[PlacedPart]:
+    """Every part of every shard of finished writers; `prefix` goes before each path. Read as they are asked for: the
+    records of a store of 1e9 rows hold gigabytes of sums."""
     for writer in writers:
         finished = read_json(root, finished_key(writer), Finished)
         for number in range(finished.shards if finished else 0):
-            for split, part in read_record(root, writer, number).parts.items():
-                parts[split].append((prefix + part_path(writer, number, split), part))
-    return parts
+            parts = read_record(root, writer, number).parts
+            for split in SPLITS:
+                yield split, prefix + part_path(writer, number, split), parts[split]
 
 
-def totals_of(manifest: Manifest, found: Sequence[PartsBySplit], counts: dict[str, int]) -> Totals:
+def totals_of(manifest: Manifest, parts: Iterable[PlacedPart], counts: dict[str, int]) -> Totals:
     """Totals over the parts of one or more stores."""
-    joined = {split: [one for parts in found for one in parts[split]] for split in SPLITS}
-    return Totals({split: reduce_parts(joined[split], manifest.d_model) for split in SPLITS}, counts)
+    reductions = {split: Reduction(manifest.d_model) for split in SPLITS}
+    for split, path, part in parts:
+        reductions[split].add(path, part)
+    return Totals({split: reduction.totals() for split, reduction in reductions.items()}, counts)
 
 
 def writer_name(index: int) -> str:
@@ -204,7 +204,9 @@ def read_record(root: Root, writer: str, number: int) -> Record:
     key = record_key(writer, number)
     record = read_json(root, key, Record)
     if record is None:
-        raise UserError(f"{root.url}/{key} is missing: run `fac harvest` again, it makes the shard anew")
+        raise UserError(
+            f"{root.url}/{key} is missing: run `fac harvest` again, it makes that shard and those after it anew"
+        )
     return record
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from fac_jax.activations.claim import claim
 from fac_jax.activations.manifest import SPLITS, Finished, Manifest, Quarantine, SplitTotals, identity, sums_of
 from fac_jax.activations.rows import from_int8
 from fac_jax.activations.store import (
-    PartsBySplit,
+    PlacedPart,
     add_layers,
     finished_key,
     layer_path,
@@ -131,7 +132,8 @@ def remedies(found: Sequence[Damage]) -> list[str]:
     """What to do about damage, as commands."""
     records = list(dict.fromkeys(f"{one.store.rstrip('/')}/{record_of(one.path)}" for one in found))
     return [
-        "to make them anew: delete the run's activations/stage.json and these commit records, then run `fac harvest`:",
+        "to make them and every shard after them anew: delete the run's activations/stage.json and these commit "
+        "records, then run `fac harvest`:",
         *(f"  {record}" for record in records),
         "or train without them: --train.on-bad-chunk skip",
     ]
@@ -147,14 +149,33 @@ def _verify_one(store: str) -> list[Damage]:
         for path, rows in parts:
             found += _verify_part(root, manifest, path, rows)
             bar.advance(rows)
-    if found:
-        blocks: dict[str, tuple[int, ...]] = {}
-        for one in found:
-            blocks[one.path] = tuple(sorted({*blocks.get(one.path, ()), *one.blocks}))
+    _note_quarantine(root, found)
+    return found
+
+
+def look_again(store: str) -> list[Damage]:
+    """Verify the parts of a complete store that are quarantined: those that were made anew are no longer."""
+    root, manifest = open_root(store), read_manifest(store)
+    assert manifest.totals is not None
+    rows = {path: count for split in SPLITS for path, count in manifest.totals.splits[split].parts}
+    quarantined = [path for path in read_quarantine(root) if path in rows]
+    found = [damage for path in quarantined for damage in _verify_part(root, manifest, path, rows[path])]
+    _note_quarantine(root, found)
+    return found
+
+
+def _note_quarantine(root: Root, found: Sequence[Damage]) -> None:
+    blocks: dict[str, tuple[int, ...]] = {}
+    for one in found:
+        blocks[one.path] = tuple(sorted({*blocks.get(one.path, ()), *one.blocks}))
+    _write_quarantine(root, blocks)
+
+
+def _write_quarantine(root: Root, blocks: dict[str, tuple[int, ...]]) -> None:
+    if blocks:
         write_json(root, "quarantine.json", Quarantine(blocks))
     else:
         remove(root, "quarantine.json")
-    return found
 
 
 def _verify_part(root: Root, manifest: Manifest, path: str, rows: int) -> Iterator[Damage]:
@@ -249,13 +270,17 @@ def _merge_one(into: str, members: Sequence[str]) -> None:
         if name in names[:index] or rows[index] in rows[:index]:
             earlier = members[names.index(name) if name in names[:index] else rows.index(rows[index])]
             raise UserError(f"{members[index]} holds the rows of {earlier}: merged, they would count twice")
-    parts = [_numbered(names[index], manifest, index) for index, manifest in enumerate(manifests)]
+    parts = chain.from_iterable(
+        _numbered(name, of, i) for i, (name, of) in enumerate(zip(names, manifests, strict=True))
+    )
     counts: dict[str, int] = {}
     for manifest in manifests:
         assert manifest.totals is not None
         for key, value in manifest.totals.counts.items():
             counts[key] = counts.get(key, 0) + value
-    merged = dataclasses.replace(first, writers=sum(manifest.writers for manifest in manifests), members=tuple(names))
+    files = first.files_digest if len({manifest.files_digest for manifest in manifests}) == 1 else ""
+    writers = sum(manifest.writers for manifest in manifests)
+    merged = dataclasses.replace(first, writers=writers, members=tuple(names), files_digest=files)
     root = open_root(into)
     there = read_json(root, "manifest.json", Manifest)
     if there is not None and not there.members:
@@ -275,7 +300,7 @@ def _absolute(store: str) -> str:
     return store.rstrip("/") if "://" in store else str(Path(store).absolute())
 
 
-def _numbered(member: str, manifest: Manifest, index: int) -> PartsBySplit:
+def _numbered(member: str, manifest: Manifest, index: int) -> Iterator[PlacedPart]:
     """The parts of one member, as the merged manifest names them."""
     writers = [writer_name(number) for number in range(manifest.writers)]
     return parts_of(open_root(member), writers, f"{index}:")
@@ -304,8 +329,7 @@ def drop(path: str, writer: str) -> list[str]:
 
 
 def _drop_one(root: Root, manifest: Manifest, writer: str, others: Sequence[str]) -> None:
-    left = parts_of(root, others)
-    if not any(part.rows for _, part in left["train"]):
+    if not any(part.rows for split, _, part in parts_of(root, others) if split == "train"):
         raise UserError(f"store at {root.url}: without {writer} no training rows are left; delete the folder instead")
     counts: dict[str, int] = {}
     for name in others:
@@ -313,12 +337,10 @@ def _drop_one(root: Root, manifest: Manifest, writer: str, others: Sequence[str]
         for key, value in (finished.counts if finished else {}).items():
             counts[key] = counts.get(key, 0) + value
     if manifest.totals is not None:
-        write_json(root, "manifest.json", dataclasses.replace(manifest, totals=totals_of(manifest, [left], counts)))
-    kept = {path: blocks for path, blocks in read_quarantine(root).items() if path.split("/")[1] != writer}
-    if kept:
-        write_json(root, "quarantine.json", Quarantine(kept))
-    else:
-        remove(root, "quarantine.json")
+        totals = totals_of(manifest, parts_of(root, others), counts)
+        write_json(root, "manifest.json", dataclasses.replace(manifest, totals=totals))
+    quarantined = read_quarantine(root).items()
+    _write_quarantine(root, {path: blocks for path, blocks in quarantined if path.split("/")[1] != writer})
     last = read_json(root, finished_key(writer), Finished)
     shards = max(last.shards if last else 0, sum(1 for _ in records(root, writer)))
     remove(root, finished_key(writer))

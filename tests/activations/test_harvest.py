@@ -33,9 +33,11 @@ from fac_jax.activations.store import (
     find_store,
     layer_path,
     read_manifest,
+    read_quarantine,
     store_of,
     writer_name,
 )
+from fac_jax.activations.upkeep import verify
 from fac_jax.config.activations import BackboneConfig, HarvestConfig
 from fac_jax.config.data import DataSet, Source
 from fac_jax.config.file import Config
@@ -255,7 +257,8 @@ def test_a_store_of_something_else_is_left_alone(
     run(monkeypatch, config, tmp_path / "out", FakeBackbone())
     other = harvesting(config, norm_filter=10.0)
     with pytest.raises(
-        UserError, match="holds .*norm_filter 0.0, config asks .*harvest into another run.dir or harvest.store, or delete"
+        UserError,
+        match="holds .*norm_filter 0.0, config asks .*harvest into another run.dir or harvest.store, or delete",
     ):
         run(monkeypatch, other, tmp_path / "out", FakeBackbone())
 
@@ -365,6 +368,24 @@ def test_a_store_of_the_same_settings_and_another_corpus_is_left_alone(
     assert there is not None
     write_json(root, "manifest.json", dataclasses.replace(there, files_digest=""))
     assert run(monkeypatch, config, tmp_path / "out", FakeBackbone())["tokens_per_second"] == 0
+
+
+def test_what_is_quarantined_stays_so_until_it_is_made_anew(
+    config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, out = harvesting(config, shard_rows=2000), tmp_path / "out"  # of more than one block
+    run(monkeypatch, config, out, FakeBackbone())
+    whole, store = contents(out), layer_path(out, 3)
+    damaged = Path(store) / "arrays/p0000/000001/train/resid/c/0/0"
+    content = bytearray(damaged.read_bytes())
+    content[1000] ^= 1  # in the first block; the last one would be seen without `fac store verify`
+    damaged.write_bytes(content)
+    assert len(verify(store)) == 1
+    run(monkeypatch, config, out, FakeBackbone())  # all of it is there
+    assert read_quarantine(open_root(store)) and StoreReader(store, "train", "skip").left_out > 0
+    (Path(store) / "records/p0000/000001.json").unlink()
+    run(monkeypatch, config, out, FakeBackbone())
+    assert contents(out) == whole and StoreReader(store).left_out == 0
 
 
 def test_an_empty_corpus(config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
