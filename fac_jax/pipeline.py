@@ -59,7 +59,7 @@ def pipeline(config: Config) -> dict[str, Stage]:
     stages = []
     if config.scan.sae is None and _store_input(config):
         made_of = partial(_harvest_settings, config)
-        stages.append(Stage("activations", "activations", "harvest", harvest, made_of, distributed=True))
+        stages.append(Stage("activations", "activations", "harvest", harvest, made_of, distributed=True, mends=True))
     if config.scan.sae is None:
         made_of = partial(_train_settings, config)
         stages.append(Stage("sae", "sae", "train", train, made_of, _store_input(config), distributed=True))

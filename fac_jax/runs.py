@@ -58,6 +58,8 @@ class Stage:
     """Earlier stages by name; `coverage/missing.parquet` means that one file of the product and nothing else of it."""
     distributed: bool = False
     """Whether several processes can make it together."""
+    mends: bool = False
+    """Whether it checks the files of a product that has no record, and makes only what is missing or damaged."""
     on_request: bool = False
     """Made by its own verb only, not by `fac run`; later stages use it if it is there."""
 
@@ -96,7 +98,7 @@ def read_record(folder: Path) -> Record | None:
     except FileNotFoundError:
         return None
     except (ValueError, TypeError) as error:
-        raise UserError(f"{path} cannot be read ({error}); delete it to make the stage again") from None
+        raise UserError(f"{path} cannot be read ({error}); delete {folder} to make it again") from None
 
 
 class Run:
@@ -109,6 +111,7 @@ class Run:
         # Products that were checked since the last one was made: by stage, their digest. Without it a run checks the
         # files of a product once for every way from a later stage to it.
         self._sound: dict[str, str] = {}
+        self._aside: Path | None = None  # where the product of other settings lies that this stage had until now
 
     def __enter__(self) -> Run:
         check_same(self.config)
@@ -173,7 +176,8 @@ class Run:
         started = time.monotonic()
         folders = {name: self.folder(stages[name.partition("/")[0]]) for name in stage.inputs}
         folders = {name.partition("/")[0]: folder for name, folder in folders.items()}
-        summary = stage.function(self.config, out, folders)
+        with self._put_back(stage, out):
+            summary = stage.function(self.config, out, folders)
         wait_for_all(f"{stage.name} is made")
         record = Record(
             stage=stage.name, digest=key, finished=time.strftime("%Y-%m-%d %H:%M:%S"),
@@ -189,7 +193,7 @@ class Run:
 
     def _prepare(self, stage: Stage, key: str, out: Path) -> Record | None:
         """The record of the product, if it is there; if not, the folder is made ready for it."""
-        self._set_aside_other_product(stage, key)
+        self._aside = self._set_aside_other_product(stage, key)
         done = read_record(out)
         if done is not None:
             self._check_files(done, out, stage)
@@ -239,11 +243,12 @@ class Run:
     def _key(self, stage: Stage, inputs: Mapping[str, str]) -> str:
         return digest({"stage": stage.name, "format": FORMAT, "settings": stage.settings, "inputs": dict(inputs)})
 
-    def _set_aside_other_product(self, stage: Stage, key: str) -> None:
-        out = self.folder(stage)
+    def _set_aside_other_product(self, stage: Stage, key: str) -> Path | None:
+        """Make room for a product; where the one that was there is now."""
+        out, aside = self.folder(stage), None
         there = _digest_of(out)
         if there == key:
-            return
+            return None
         if there is not None:
             aside = self.dir / SUPERSEDED / f"{stage.folder.replace('/', '-')}-{there}"
             aside.parent.mkdir(exist_ok=True)
@@ -251,27 +256,50 @@ class Run:
                 raise UserError(f"both {out} and {aside} hold the product {there}; delete one of them")
             os.replace(out, aside)
             log.info("%s: settings or inputs changed; the old product is kept at %s", stage.name, aside)
+        elif not stage.mends and any(_files(out)):
+            raise UserError(f"{out} holds files and no {RECORD} that says what they were made from: delete the folder")
         kept = self.dir / SUPERSEDED / f"{stage.folder.replace('/', '-')}-{key}"
-        if kept.exists():
+        if kept.exists() and not any(_files(out)):
+            shutil.rmtree(out, ignore_errors=True)
             out.parent.mkdir(parents=True, exist_ok=True)
             os.replace(kept, out)
             log.info("%s: a product with these settings was kept; it is back", stage.name)
+        return aside
+
+    @contextmanager
+    def _put_back(self, stage: Stage, out: Path) -> Iterator[None]:
+        """Where a stage fails before it has made anything, such as for a server that is not there, the product that was
+        set aside for it comes back."""
+        try:
+            yield
+        except BaseException:
+            if self._aside is not None and not any(_files(out)):
+                shutil.rmtree(out, ignore_errors=True)
+                os.replace(self._aside, out)
+                log.info("%s: nothing was made; the old product is back", stage.name)
+            raise
+        finally:
+            self._aside = None
 
     def _check_files(self, record: Record, folder: Path, stage: Stage) -> None:
         there = dict(_files(folder))
         for file, size in record.files.items():
             if there.get(file) != size:
                 what = "is missing" if file not in there else f"has {there[file]} bytes instead of {size}"
+                again = f"{folder / RECORD}, and what is damaged" if stage.mends else f"{folder}, and it"
                 raise UserError(
-                    f"{folder / file} {what}: the product of {stage.name} is damaged; delete {folder / RECORD} "
-                    "to make the stage again, or restore the file"
+                    f"{folder / file} {what}: the product of {stage.name} is damaged; restore the file, or delete "
+                    f"{again} is made again"
                 )
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a file atomically: a temporary name in the same folder, then a rename."""
-    with writing(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+    """Write a file atomically: a temporary name in the same folder, then a rename. Raises UserError where it cannot."""
+    try:
+        with writing(path) as temporary:
+            temporary.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"{path} cannot be written ({error.strerror}): mend that, or name another place") from None
 
 
 @contextmanager
@@ -291,13 +319,16 @@ def writing(path: Path) -> Iterator[Path]:
 def writing_folder(folder: Path) -> Iterator[Path]:
     """A temporary folder beside `folder` that becomes it when the block ends well, and vanishes when it does not.
 
-    Raises UserError when `folder` holds something already.
+    Raises UserError when `folder` holds something already, or cannot be made.
     """
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"{folder} already holds something; remove it or name another folder")
     temporary = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
+    try:
+        temporary.mkdir(parents=True)
+    except OSError as error:
+        raise UserError(f"{folder} cannot be written ({error.strerror}); name another folder") from None
     try:
         yield temporary
         if folder.exists():

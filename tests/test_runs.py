@@ -74,6 +74,37 @@ def test_done_is_not_done_again_and_only_what_depends_on_a_change_is(recorder: R
     assert recorder.ran[3:] == ["two", "three"]
 
 
+def test_a_stage_that_fails_before_it_made_anything_takes_no_product_away(config: Config) -> None:
+    def function(config: Config, out: Path, folders: Mapping[str, Path]) -> dict[str, Any]:
+        assert not (out / "value.txt").exists(), "it has a folder of its own"
+        if fails:
+            raise UserError("no server")
+        (out / "value.txt").write_text("made")
+        return {}
+
+    fails = False
+    execute(config, {"one": Stage("one", "one", "one", function, lambda: 1)})
+    fails, before = True, (Path(config.run.dir) / "one" / RECORD).read_bytes()
+    changed = {"one": Stage("one", "one", "one", function, lambda: 2)}
+    with pytest.raises(UserError, match="no server"):
+        execute(config, changed)
+    assert (Path(config.run.dir) / "one" / RECORD).read_bytes() == before
+    assert not list(Path(config.run.dir, "superseded").iterdir())
+    with Run(config) as run:
+        assert run.state(changed["one"], changed)[0] == "outdated"
+
+
+def test_files_that_nothing_vouches_for_are_not_adopted(recorder: Recorder, config: Config) -> None:
+    execute(config, chain(recorder))
+    (Path(config.run.dir) / "products/one" / RECORD).unlink()
+    with pytest.raises(UserError, match=r"products/one holds files and no stage.json that says what they were made fr"):
+        execute(config, chain(recorder, first=2))
+    mending = chain(recorder)
+    mending["one"] = dataclasses.replace(mending["one"], mends=True)
+    execute(config, mending)
+    assert recorder.ran[3:] == ["one"]
+
+
 def test_a_product_of_other_settings_is_kept_and_comes_back(recorder: Recorder, config: Config) -> None:
     execute(config, chain(recorder))
     execute(config, chain(recorder, third=2))
@@ -122,7 +153,7 @@ def test_a_damaged_product_is_named(recorder: Recorder, config: Config) -> None:
     with pytest.raises(UserError, match="value.txt has 18 bytes instead of 1"):
         execute(config, chain(recorder))
     value.unlink()
-    with pytest.raises(UserError, match=r"value.txt is missing.*delete .*stage.json"):
+    with pytest.raises(UserError, match=r"value.txt is missing.*or delete .*products/one, and it is made again"):
         execute(config, chain(recorder))
     record = Path(config.run.dir, "products/one", RECORD)
     record.write_text("{")

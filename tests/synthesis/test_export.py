@@ -303,7 +303,7 @@ def test_a_damaged_run_is_named_with_file_and_line(made: Config, tmp_path: Path)
     whole = kept.read_text()
     for broken in ('{"id": ', '{"id": "nobody"}\n', "[1]\n"):
         kept.write_text(whole + broken)
-        with pytest.raises(UserError, match=r"kept.jsonl:8 is no kept sample \(.*: restore the file, or delete"):
+        with pytest.raises(UserError, match=r"kept.jsonl:8 is no kept sample \(.*: restore the file, or rename"):
             export(made, "hf", tmp_path / "out")
     kept.write_bytes(b"\xff")
     with pytest.raises(UserError, match="kept.jsonl cannot be read .UnicodeDecodeError"):
@@ -326,7 +326,7 @@ def test_a_folder_with_something_in_it_is_left_alone(made: Config, tmp_path: Pat
             export(made, form, out)
     assert {file: file.read_bytes() for file in out.rglob("*") if file.is_file()} == before
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match="cannot be written .Not a directory.; choose another --to"):
+    with pytest.raises(UserError, match="cannot be written .Not a directory.; name another folder"):
         export(made, "hf", tmp_path / "file" / "out")
 
 

@@ -128,8 +128,8 @@ def _by_id(file: Path, columns: list[str]) -> dict[str, Row]:
 
 def _damaged(file: Path, what: str, error: Exception) -> UserError:
     return UserError(
-        f"{file}{what} ({type(error).__name__}: {first_line(error)}): restore the file, or delete "
-        f"{file.parent / 'stage.json'} and run `fac synthesize CONFIG` again (no reply is lost)"
+        f"{file}{what} ({type(error).__name__}: {first_line(error)}): restore the file, or rename "
+        f"{file.parent / 'stage.json'} to stage.partial.json and run `fac synthesize CONFIG` again (no reply is lost)"
     )
 
 
