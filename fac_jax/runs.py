@@ -8,6 +8,7 @@ A half-made product stays where it is, and the same command goes on from it.
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import hashlib
 import importlib.metadata
@@ -299,6 +300,8 @@ def write_text(path: Path, text: str) -> None:
         with writing(path) as temporary:
             temporary.write_text(text, encoding="utf-8")
     except OSError as error:
+        if error.errno == errno.ENOSPC:  # the command line knows what to say of a full disk
+            raise
         raise UserError(f"{path} cannot be written ({error.strerror}): mend that, or name another place") from None
 
 

@@ -199,9 +199,10 @@ def _written_before(out: Path, number: int) -> list[Generation]:
 
 
 def _arm(bench: Bench, arm: ArmConfig, outcomes: Sequence[Outcome]) -> dict[str, Any]:
-    """Settings of an arm and its figures over seeds."""
-    told = [asdict(one) for one in outcomes]
-    figures = {name: mean_and_interval([row[name] for row in told if row[name] is not None]) for name in FIGURES}
+    """Settings of an arm and its figures over seeds. A figure that one of them lacks is none: over the others alone,
+    what a hit costs would flatter an arm that mostly hits nothing."""
+    told = {name: [getattr(one, name) for one in outcomes] for name in FIGURES}
+    figures = {name: mean_and_interval([] if None in values else values) for name, values in told.items()}
     changed = {name: value for name, value in asdict(arm).items() if value not in (None, "missing")}
     missing = sorted({one.missing for one in outcomes})
     return {"changed": changed, "threshold": _threshold(bench.config, arm), "missing": missing, **figures}

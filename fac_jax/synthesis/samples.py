@@ -15,6 +15,7 @@ from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
 from fac_jax.features.task import SampleShape
+from fac_jax.llm.control_tokens import without_control_tokens
 from fac_jax.synthesis.forms import READERS, Fields
 from fac_jax.words import normalised
 
@@ -34,7 +35,7 @@ _QUOTES = (('"', '"'), ("'", "'"), ("“", "”"), ("‘", "’"), ("`", "`"), (
 _NUMBER = re.compile(r"(?:\d{1,2}[.)]|[-*•])\s+")
 _USER = re.compile(r"(?:user|human|me|message|text|query)\s*:\s*", re.IGNORECASE)
 _ANSWERER = re.compile(r"(?:assistant|ai|bot|chatbot|answer|response|reply|a)\s*:", re.IGNORECASE)
-_TEMPLATE = re.compile(r"<\|.*?\|>|</?s>|\[/?INST\]|<start_of_turn>|<end_of_turn>")
+_TEMPLATE = re.compile(r"<\|.*?\|>")
 _FENCE = re.compile(r"```\w*\n(.*)\n```", re.DOTALL)
 _SENTENCE_END = re.compile(r"[.!?…][\"')\]”’]*(?=\s|$)")
 # How a model talks when it answers, refuses, or presents its work, instead of writing what a user would.
@@ -117,7 +118,7 @@ def _read_form(raw: str, finish_reason: str, shape: SampleShape, form: str) -> S
     reason = None
     if not lines:
         reason = "empty"
-    elif any(_TEMPLATE.search(line) for line in lines):
+    elif any(_holds_marks(line) for line in lines):
         reason = "holds marks of a chat template"
     elif finish_reason != "stop":
         reason = "cut off before it ended" if finish_reason == "length" else f"the writer ended with {finish_reason!r}"
@@ -216,9 +217,14 @@ def _list_or_answer(lines: list[str]) -> str | None:
         return "holds an answer"
     if any(_ASSISTANT_VOICE.search(line) for line in lines):
         return "speaks as the assistant"
-    if any(_TEMPLATE.search(line) for line in lines):
+    if any(_holds_marks(line) for line in lines):
         return "holds marks of a chat template"
     return None
+
+
+def _holds_marks(line: str) -> bool:
+    """Of a chat template, whichever model's: an instruction is a user's turn later, and all samples are trained on."""
+    return _TEMPLATE.search(line) is not None or without_control_tokens(line) != line
 
 
 def _misfit(lines: list[str], shape: SampleShape) -> str | None:

@@ -135,9 +135,7 @@ def write_samples(plan: Plan, generator: Generator, score: Score, out: Path) -> 
     second = _step(plan, jobs, generator, score, log, first.texts)
     every = first.plus(second)
     kept, answers = _chosen(plan, every, generator, log)
-    drawn = _draw(valid, len(kept), plan.seed)
-    more, rejected = _answer(plan, every, drawn, generator, log)
-    drawn = [row for row in drawn if row not in rejected]
+    drawn, more = _drawn(plan, every, valid, len(kept), generator, log)
     settle_log(log, [*every.generations, *{one.key: one for one in (*answers, *more)}.values()])
     _write_tables(out, plan, every, pairs, valid, kept)
     label = plan.description.sample.label
@@ -201,14 +199,13 @@ def _chosen(plan: Plan, every: Step, generator: Generator, log: Path) -> tuple[l
         written += answers
         if not rejected:
             return kept, written
-        for row in rejected:
-            every.peaks_nf.data[slice(*every.peaks_nf.indptr[row : row + 2])] = 0
 
 
 def _answer(
     plan: Plan, every: Step, rows: Sequence[int], generator: Generator, log: Path
 ) -> tuple[list[Generation], set[int]]:
-    """Let the writer answer these instructions; in `every` they get their answers, or the reason why they have none.
+    """Let the writer answer these instructions; in `every` they get their answers, or the reason why they have none
+    and no peaks.
 
     Returns what it wrote, and the rows that are no samples any more. Asks nothing where samples are no instructions.
     """
@@ -228,14 +225,26 @@ def _answer(
             every.samples[row] = replace(sample, fields={**sample.fields, "answer": answer.text.strip()})
         else:
             every.samples[row] = sample.rejected(reason)
+            every.peaks_nf.data[slice(*every.peaks_nf.indptr[row : row + 2])] = 0
             rejected.add(row)
     return answers, rejected
 
 
-def _draw(valid: Sequence[int], count: int, seed: int) -> list[int]:
-    """`count` of step 1's samples, all with the same chance, whatever their peaks: the control for the filter."""
-    random = np.random.default_rng([seed, len(valid)])
-    return sorted(random.choice(np.asarray(valid, np.int64), min(count, len(valid)), replace=False).tolist())
+def _drawn(
+    plan: Plan, every: Step, valid: Sequence[int], count: int, generator: Generator, log: Path
+) -> tuple[list[int], list[Generation]]:
+    """`count` of step 1's samples, all with the same chance, whatever their peaks: the control for the filter. As with
+    what is kept, others take the place of instructions that were not answered as they should be."""
+    random = np.random.default_rng([plan.seed, len(valid)])
+    drawn, written = list[int](), list[Generation]()
+    left = [row for row in valid if every.samples[row].reason is None]
+    while len(drawn) < count and left:
+        asked = random.choice(np.asarray(left, np.int64), min(count - len(drawn), len(left)), replace=False).tolist()
+        answers, rejected = _answer(plan, every, sorted(asked), generator, log)
+        written += answers
+        drawn += [row for row in asked if row not in rejected]
+        left = [row for row in left if row not in asked]
+    return sorted(drawn), written
 
 
 def _write_tables(
@@ -325,8 +334,8 @@ def _summary(plan: Plan, generator: str, written: Written) -> dict[str, Any]:
         "kept": len(written.kept),
         "kept_from_step2": sum(one.row >= len(written.first.jobs) for one in written.kept),
         "random": len(written.drawn),
-        "target_hit_rate_one_step": _hit_rate(plan, written.first),
-        "target_hit_rate": _hit_rate(plan, written.every),
+        "target_hit_rate_one_step": _hit_rate(plan, written.every, len(written.first.jobs)),
+        "target_hit_rate": _hit_rate(plan, written.every, len(written.every.jobs)),
     }
 
 
@@ -342,8 +351,9 @@ def _step_summary(plan: Plan, step: Step) -> dict[str, Any]:
     }
 
 
-def _hit_rate(plan: Plan, step: Step) -> float | None:
+def _hit_rate(plan: Plan, every: Step, count: int) -> float | None:
+    """Of the first `count` texts."""
     if not plan.missing:
         return None
-    peaks_m = step.peaks_nf[:, plan.features].max(axis=0).toarray() if step.jobs else np.zeros(1)
+    peaks_m = every.peaks_nf[:count, plan.features].max(axis=0).toarray() if count else np.zeros(1)
     return float((peaks_m > plan.threshold).sum() / len(plan.missing))

@@ -6,7 +6,8 @@ import dataclasses
 import hashlib
 import json
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -19,7 +20,7 @@ from fac_jax.errors import UserError
 from fac_jax.llm.client import Request
 from fac_jax.llm.fake import FakeGenerator
 from fac_jax.synthesis import ablation as module
-from fac_jax.synthesis.ablation import ablate, mean_and_interval, said, table
+from fac_jax.synthesis.ablation import Bench, Outcome, _arm, ablate, mean_and_interval, said, table
 from tests.synthesis.toy_world import SEEN, TOPICS, WORDS, Toy, asked_for, message, write
 
 MISSING = [word for word in TOPICS if word not in SEEN]
@@ -53,6 +54,16 @@ def ablated(
 
 def outcomes(product: dict[str, Any], arm: str) -> list[dict[str, Any]]:
     return [one for one in product["outcomes"] if one["arm"] == arm]
+
+
+def test_what_a_hit_costs_is_no_figure_where_a_seed_hit_nothing() -> None:
+    outcomes = [
+        Outcome("one", seed, 50, 50, 160, 1.0, 0.0, 20, hits, hits / 50, hits / 50, 30_000, per, per, None, None)
+        for seed, (hits, per) in enumerate([(20, 8.0), (0, None)])
+    ]
+    figures = _arm(cast(Bench, SimpleNamespace(config=Config())), ArmConfig(), outcomes)
+    assert figures["texts_per_hit"] is figures["tokens_per_hit"] is None, "8 texts a hit is that of the lucky seed"
+    assert figures["hit_rate"]["mean"] == pytest.approx(0.2) and figures["written"]["mean"] == 160
 
 
 def test_figures_are_those_that_can_be_counted(toy: Toy, monkeypatch: pytest.MonkeyPatch):

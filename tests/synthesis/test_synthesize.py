@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import json
 import os
+import zlib
 from collections.abc import Callable
 from typing import Any
 
@@ -233,6 +234,29 @@ def test_an_instruction_without_an_answer_makes_room_for_another(toy: Toy, monke
     before = fingerprints(toy)
     again, generator = run(toy, write, monkeypatch)
     assert again == summary and fingerprints(toy) == before and generator.requests == []
+
+
+def test_the_blind_control_is_as_large_as_what_is_kept(toy: Toy, monkeypatch: pytest.MonkeyPatch):
+    """Also where a third of the instructions are not answered; and one step never hits more than both."""
+    task = dataclasses.replace(toy.config, judge=JudgeConfig(task="instruction_following"))
+
+    def write(request: Request) -> str:
+        asked = request.messages[-1]["content"]
+        unanswered = len(request.messages) == 2 and zlib.crc32(asked.encode()) % 3 == 0
+        return "" if unanswered else in_form("instruction and answer")(request)
+
+    rejected = 0
+    for seed in range(4):
+        changed = dataclasses.replace(task, run=dataclasses.replace(task.run, seed=seed))
+        summary, _ = run(dataclasses.replace(toy, config=changed), write, monkeypatch)
+        rejected += sum(row["reason"] is not None and "answer" in row["reason"] for row in table(toy, "candidates"))
+        left = sum(row["valid"] and row["step"] == 1 for row in table(toy, "candidates"))
+        assert summary["random"] == min(summary["kept"], left) > 0
+        assert summary["target_hit_rate_one_step"] <= summary["target_hit_rate"]
+        assert all(row["answer"] for name in ("kept.jsonl", "random.jsonl") for row in lines(toy, name))
+        for file in toy.out.iterdir():
+            file.unlink()
+    assert rejected > 4
 
 
 def test_candidates_written_for_other_features_count(toy: Toy, monkeypatch: pytest.MonkeyPatch):
