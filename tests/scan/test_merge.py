@@ -77,6 +77,18 @@ def test_scans_without_documents(tmp_path: Path) -> None:
     assert not (tmp_path / "ab" / "documents.parquet").exists()
 
 
+def test_other_files_at_the_same_path_are_another_data_set(tmp_path: Path) -> None:
+    here, there = (make(tmp_path / files, "one", texts(ord(files)), files=files) for files in "ab")
+    unknown = make(tmp_path / "c", "one", texts(3))
+    merge_scans(tmp_path / "both", [there, here])
+    assert load_scan(tmp_path / "both").identity.files == "a+b"
+    merge_scans(tmp_path / "three", [make(tmp_path / "d", "two", texts(4), files="d"), unknown])
+    assert load_scan(tmp_path / "three").identity.files is None
+    for twice in ([here, make(tmp_path / "e", "one", texts(5), files="a")], [here, unknown]):
+        with pytest.raises(UserError, match="data set 'one' is named twice"):
+            merge_scans(tmp_path / "into", twice)
+
+
 def test_what_cannot_be_merged(tmp_path: Path) -> None:
     one = make(tmp_path / "one", "one", texts(1))
     refused = {
