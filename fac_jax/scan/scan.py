@@ -104,8 +104,8 @@ def _finished_shares(out: Path, share: Share) -> list[Path]:
     if left:
         raise Unfinished(
             f"share {share.name} is scanned; {', '.join(left)} {'is' if len(left) == 1 else 'are'} not finished in "
-            f"{shares_folder(out)}: scan them with --scan.share, in this run directory or in others that `fac scan "
-            "merge` then joins"
+            f"{shares_folder(out)}: scan them with --scan.share, one after another in this run directory, or at the "
+            "same time in others that `fac scan merge` then joins"
         )
     return parts.shares_of(folders)
 
