@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tracemalloc
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -103,3 +104,33 @@ def test_what_cannot_be_compared(folders: tuple[Path, Path], tmp_path: Path) -> 
         compare(folders[0], tmp_path, 1.0)
     with pytest.raises(UserError, match="the threshold is -1"):
         compare(*folders, -1.0)
+
+
+def test_the_spans_are_the_first_of_the_scan_that_covers(folders: tuple[Path, Path], tmp_path: Path) -> None:
+    """Whatever row groups the files have, and without an object for every span there is."""
+    copies, wide = 600, []
+    for place, folder in zip("ab", folders, strict=True):
+        one = load_scan(folder).features()
+        many = pa.concat_tables([one] * copies).set_column(
+            0, one.schema.field(0), pa.array(range(copies * FEATURES), pa.int32())
+        )
+        out = tmp_path / place
+        out.mkdir()
+        pq.write_table(many, out / "features.parquet", row_group_size=700 if place == "a" else 1000)
+        product = json.loads((folder / "scan.json").read_text())
+        product["identity"]["features"] = copies * FEATURES
+        (out / "scan.json").write_text(json.dumps(product))
+        wide.append(out)
+    for count in (0, 2):
+        _, table = compare(*folders, 2.0, spans=count)
+        expected = []
+        shown = [load_scan(folder).features("spans")["spans"].to_pylist() for folder in folders]
+        for feature, side in enumerate(table["side"].to_pylist()):
+            spans = [] if side == "neither" else shown[side == "only_b"][feature][:count]
+            expected.append([{name: span[name] for name in ("score", "before", "token", "after")} for span in spans])
+        assert table["spans"].to_pylist() == expected
+        tracemalloc.start()
+        _, table = compare(*wide, 2.0, spans=count)
+        assert tracemalloc.get_traced_memory()[1] < 2**23
+        tracemalloc.stop()
+        assert table["spans"].to_pylist() == expected * copies
