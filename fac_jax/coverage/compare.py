@@ -53,6 +53,13 @@ def compare(
     """
     if not threshold >= 0:
         raise UserError(f"the threshold is {threshold}; peaks are at least 0, so it must be at least 0")
+    if spans < 0:
+        raise UserError(f"{spans} passages of each feature were asked for; name a number of at least 0")
+    if relevance is not None and not (relevance / "relevance.json").is_file():
+        raise UserError(
+            f"{relevance} holds no relevance product (no relevance.json): name the folder `relevance` of a run, which "
+            "`fac judge CONFIG` makes"
+        )
     a, b = load_scans(folder_a, folder_b)
     asked_f = np.ones(a.identity.features, bool) if relevance is None else relevant_features(relevance, a)
     asked = np.flatnonzero(asked_f)

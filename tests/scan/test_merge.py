@@ -119,6 +119,13 @@ def test_usage(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["scan", "merge", "only-one"]) == 1 and "too few words" in capsys.readouterr().err
 
 
+def test_a_place_that_cannot_be_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "file").write_text("")
+    scans = [str(make(tmp_path / name, name, texts(ord(name)))) for name in "ab"]
+    assert main(["scan", "merge", str(tmp_path / "file" / "into"), *scans]) == 1
+    assert "file cannot be made a folder" in " ".join(capsys.readouterr().err.split())
+
+
 def test_a_damaged_state_is_named(tmp_path: Path) -> None:
     share = tmp_path / "x" / "shares" / "1-of-1"
     share.mkdir(parents=True)
