@@ -146,8 +146,10 @@ def scan_stage(config: Config, name: str) -> Stage:
     inputs = (*_sae_input(config), f"{WRITERS[name]}/{name}.jsonl") if name in WRITERS else _sae_input(config)
     peaks = "all" if name in (*scanned(config), *WRITERS) else config.scan.peaks
     made_of, function = partial(_scan_settings, config, name, peaks), partial(scan, name=name, peaks=peaks)
+    # Documents are picked by their peaks, so all are kept, which a command that does not pick from it has to be told.
+    told = f" --select.from {name}" if name == config.select.source and config.scan.peaks != "all" else ""
     return Stage(
-        f"scan:{name}", f"scans/{name}", f"scan --data {name}", function, made_of, inputs, distributed=True
+        f"scan:{name}", f"scans/{name}", f"scan --data {name}{told}", function, made_of, inputs, distributed=True
     )  # fmt: skip
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import typing
+from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import Console
@@ -78,6 +79,7 @@ def _merge_scans(arguments: list[str]) -> int:
 
     from fac_jax.scan.merge import merge_scans
 
+    _make_folder(Path(into).parent)
     counts = merge_scans(Path(into), [Path(folder) for folder in folders])
     print(f"{into}: {counts['documents']:,} documents, {counts['active_features']:,} active features")
     return 0
@@ -86,7 +88,8 @@ def _merge_scans(arguments: list[str]) -> int:
 COMPARE_USAGE = "usage: fac coverage SCAN_A --vs SCAN_B"
 COMPARE = {
     "vs": "SCAN: folder of a finished scan, such as runs/quickstart/scans/anchor, as SCAN_A is",
-    "threshold": "NUMBER: a feature is covered when its peak exceeds it (default: coverage.threshold's)",
+    "threshold": "NUMBER: a feature is covered when its peak exceeds it (default: coverage.threshold of the scans' "
+    "runs, or its own default where no run holds them)",
     "relevance": "FOLDER: a relevance product: only the features that it calls relevant count (default: all)",
     "spans": "N: passages kept of each feature (default: 3)",
     "out": "FOLDER: compare.json, compare.parquet (every feature) and compare.svg are written there",
@@ -104,22 +107,52 @@ def _compare(arguments: list[str]) -> int:
     if len(rest) != 1 or rest[0].startswith("-"):
         raise UserError(f"`fac coverage {' '.join(arguments)}` needs one scan beside --vs: {COMPARE_USAGE} --help")
 
-    from fac_jax.config.coverage import CoverageConfig
     from fac_jax.coverage import compare as module
 
+    scans = Path(rest[0]), Path(options["vs"])
     try:
-        threshold = float(options.get("threshold", CoverageConfig.threshold))
+        threshold = float(options["threshold"]) if "threshold" in options else _own_threshold(scans)
         spans = int(options.get("spans", 3))
     except ValueError as error:
         raise UserError(f"--threshold and --spans must be numbers ({error})") from None
     relevance = Path(options["relevance"]) if "relevance" in options else None
-    figures, table = module.compare(Path(rest[0]), Path(options["vs"]), threshold, relevance, spans)
+    if "out" in options:
+        _make_folder(Path(options["out"]))
+    figures, table = module.compare(*scans, threshold, relevance, spans)
     Console(width=None if sys.stdout.isatty() else 120).print(module.printed(figures, table, "show-unsafe" in options))
     if "out" in options:
         module.write(Path(options["out"]), figures, table)
         (Path(options["out"]) / "compare.svg").write_text(_curves(figures), encoding="utf-8")
         print(f"written: {options['out']}/compare.json, compare.parquet, compare.svg")
     return 0
+
+
+def _own_threshold(scans: Sequence[Path]) -> float:
+    """`coverage.threshold` of the runs that hold the scans, and a line that says so. Raises UserError when they differ.
+
+    A scan that no run holds, such as one that was merged, has none of its own.
+    """
+    from fac_jax.config.coverage import CoverageConfig
+    from fac_jax.config.file import load_config
+
+    places = [scan.resolve().parent for scan in scans]
+    files = [place.parent / "config.yaml" for place in places if place.name == "scans"]
+    found = {file: load_config(file).coverage.threshold for file in files if file.is_file()}
+    if len(set(found.values())) > 1:
+        said = " and ".join(f"{value:g} in {file}" for file, value in found.items())
+        raise UserError(f"coverage.threshold is {said}: say at which to compare, with --threshold")
+    threshold = next(iter(found.values()), CoverageConfig.threshold)
+    where = f"in {next(iter(found))}" if found else "by default, as no run holds these scans"
+    print(f"threshold {threshold:g}: coverage.threshold {where}; --threshold takes another")
+    return threshold
+
+
+def _make_folder(folder: Path) -> None:
+    """A folder that will be written to, made before the work. Raises UserError where there can be none."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{folder} cannot be made a folder ({error.strerror}); name another one") from None
 
 
 def _curves(figures: dict[str, typing.Any]) -> str:

@@ -25,6 +25,12 @@ class CoverageConfig:
     bootstrap_draws: int = 200
     """Seeded resamples of the seed set's documents for the interval around its coverage."""
 
+    def __post_init__(self) -> None:
+        for name, floor in {"length_match_draws": 0, "bootstrap_draws": 1}.items():
+            check(
+                getattr(self, name) >= floor, f"coverage.{name} is {getattr(self, name)}; it must be at least {floor}"
+            )
+
 
 @dataclass(frozen=True)
 class SelectConfig:

@@ -24,10 +24,11 @@ class ScanConfig:
     peaks: str = "all"
     """Features whose peaks are kept document by document, with the documents: all, none (statistics and spans only,
     whose size does not depend on the corpus), or a parquet file with a column `feature` (coverage/missing.parquet). Of
-    the sets that the pipeline itself needs (anchor, seed, held-out, synthesised) all are kept."""
+    the sets that the pipeline itself needs (anchor, seed, held-out, select.source, synthesised) all are kept."""
     share: str = "1/1"
-    """Part of the data set that this command scans, such as 1/2 and 2/2, each perhaps on a machine of its own: the last
-    one finishes the scan, or `fac scan merge` joins them. Changes nothing in the product."""
+    """Part of the data set that this command scans, such as 1/2 and 2/2. At the same time, on one machine or several:
+    each with a run.dir of its own, and `fac scan merge` joins them; in one run.dir one after another, and the last one
+    finishes the scan. Changes nothing in the product."""
 
     @property
     def share_of(self) -> tuple[int, int]:

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from jaxtyping import Bool, Float32, Int, Int64
 from rich.console import Group
@@ -29,7 +30,6 @@ from fac_jax.scan.spans import EDGES
 
 SIDES = ("both", "only_a", "only_b", "neither")
 SPAN = pa.struct({"score": pa.float32(), "before": pa.string(), "token": pa.string(), "after": pa.string()})
-TEXTS = [field.name for field in SPAN]
 COMPARED = pa.schema(
     {
         "feature": pa.int32(), "side": pa.string(), "a_max": pa.float32(), "b_max": pa.float32(),
@@ -53,6 +53,13 @@ def compare(
     """
     if not threshold >= 0:
         raise UserError(f"the threshold is {threshold}; peaks are at least 0, so it must be at least 0")
+    if spans < 0:
+        raise UserError(f"{spans} passages of each feature were asked for; name a number of at least 0")
+    if relevance is not None and not (relevance / "relevance.json").is_file():
+        raise UserError(
+            f"{relevance} holds no relevance product (no relevance.json): name the folder `relevance` of a run, which "
+            "`fac judge CONFIG` makes"
+        )
     a, b = load_scans(folder_a, folder_b)
     asked_f = np.ones(a.identity.features, bool) if relevance is None else relevant_features(relevance, a)
     asked = np.flatnonzero(asked_f)
@@ -68,19 +75,12 @@ def compare(
         "sweep": [_counts(max_a, max_b, level) for level in sorted({0.0, threshold, *EDGES.tolist()})],
         "curves": [_curve(scan, counts[0][asked]) for scan, counts in ((a, counts_a), (b, counts_b))],
     }  # fmt: skip
-    shown_a, shown_b = (_spans(scan, asked, spans) for scan in (a, b))
     table = pa.table(
         {
             "feature": asked, "side": side, "a_max": max_a, "b_max": max_b,
             "a_documents_low": counts_a[0][asked], "a_documents_high": counts_a[1][asked],
             "b_documents_low": counts_b[0][asked], "b_documents_high": counts_b[1][asked],
-            "spans": pa.array(
-                [
-                    shown_b[i] if name == "only_b" else shown_a[i] if name != "neither" else []
-                    for i, name in enumerate(side.tolist())
-                ],
-                pa.list_(SPAN),
-            ),
+            "spans": _spans(a, b, asked, side, spans),
         }
     ).cast(COMPARED)  # fmt: skip
     return figures, table
@@ -193,6 +193,30 @@ def _same_documents(a: Scan, b: Scan, documents_a: np.ndarray, documents_b: np.n
     return {"documents": size, **found}
 
 
-def _spans(scan: Scan, features: Int[np.ndarray, " m"], count: int) -> list[list[dict[str, Any]]]:
-    lists = scan.features("spans")["spans"].take(pa.array(features)).to_pylist()
-    return [[{name: span[name] for name in TEXTS} for span in spans[:count]] for spans in lists]
+def _spans(a: Scan, b: Scan, asked: Int[np.ndarray, " m"], side: np.ndarray, count: int) -> pa.Array:
+    """Of each feature asked the first spans of the scan that covers it, A's where both do; none where neither does."""
+    from_b, from_neither = side == "only_b", side == "neither"
+    found = [
+        _spans_of(a, asked[~from_b & ~from_neither], count),
+        _spans_of(b, asked[from_b], count),
+        pa.array([[]], pa.list_(SPAN)),
+    ]
+    place = np.select(
+        [from_neither, from_b],
+        [len(found[0]) + len(found[1]), len(found[0]) + np.cumsum(from_b) - 1],
+        np.cumsum(~from_b & ~from_neither) - 1,
+    )
+    return pa.concat_arrays(found).take(pa.array(place))
+
+
+def _spans_of(scan: Scan, features: Int[np.ndarray, " m"], count: int) -> pa.Array:
+    """The first `count` spans of each of these features, which rise; a row group is read at a time."""
+    found, first = [pa.array([], pa.list_(SPAN))], 0
+    with pq.ParquetFile(scan.folder / "features.parquet") as file:
+        for group in range(file.num_row_groups):
+            after = first + file.metadata.row_group(group).num_rows
+            here = features[(features >= first) & (features < after)] - first
+            lists = file.read_row_group(group, columns=["spans"])["spans"].combine_chunks().take(pa.array(here))
+            found.append(pc.list_slice(lists, 0, count).cast(pa.list_(SPAN)))
+            first = after
+    return pa.concat_arrays(found)

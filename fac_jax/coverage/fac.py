@@ -18,6 +18,9 @@ from scipy.special import gammaln
 
 from fac_jax.errors import UserError
 
+AT_ONCE = 2**20
+"""Probabilities that are held at a time: large data sets have a million different counts of documents."""
+
 
 def active_documents(peaks_nf: csr_array, threshold: float) -> Int[np.ndarray, " f"]:
     """Number of documents on which each feature's peak exceeds `threshold`, strictly."""
@@ -108,11 +111,15 @@ def expected_covered(
     over features it is exact, so no order of the documents has to be drawn (in ecology: rarefaction, Hurlbert 1971).
     """
     count, times = np.unique(documents_f[documents_f > 0], return_counts=True)  # features alike in c are alike
-    left, size = total - count[:, None], np.asarray(sizes, np.float64)[None]
-    drawn = np.minimum(size, left)  # more documents than do without it: it cannot be missed
-    log_missed = gammaln(left + 1) - gammaln(left - drawn + 1) + gammaln(total - drawn + 1) - gammaln(total + 1)
-    missed = np.where(size > left, 0.0, np.exp(log_missed))
-    return ((1 - missed) * times[:, None]).sum(axis=0)
+    size, expected = np.asarray(sizes, np.float64)[None], np.zeros(len(sizes))
+    step = max(AT_ONCE // max(len(sizes), 1), 1)
+    for first in range(0, len(count), step):
+        left = total - count[first : first + step, None]
+        drawn = np.minimum(size, left)  # more documents than do without it: it cannot be missed
+        log_missed = gammaln(left + 1) - gammaln(left - drawn + 1) + gammaln(total - drawn + 1) - gammaln(total + 1)
+        missed = np.where(size > left, 0.0, np.exp(log_missed))
+        expected += ((1 - missed) * times[first : first + step, None]).sum(axis=0)
+    return expected
 
 
 def curve_sizes(total: int, points: int) -> Int64[np.ndarray, " m"]:

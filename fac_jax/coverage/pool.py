@@ -73,12 +73,12 @@ def _check_kept(folder: Path, wanted_f: Bool[np.ndarray, " f"]) -> None:
     if kept == "none":
         raise UserError(
             f"the scan in {folder} kept no single documents, and documents are picked by their peaks: run `fac scan "
-            f"CONFIG --data {folder.name} --scan.peaks all` (or coverage/missing.parquet of the run, for these alone)"
+            f"CONFIG --data {folder.name} --scan.peaks all`"
         )
     if kept not in ("all", digest(np.flatnonzero(wanted_f).tolist())):
         raise UserError(
             f"the scan in {folder} kept the peaks of other features than the {np.count_nonzero(wanted_f):,} sought: "
-            f"run `fac scan CONFIG --data {folder.name} --scan.peaks all`, or with the file of those"
+            f"run `fac scan CONFIG --data {folder.name} --scan.peaks all`"
         )
 
 

@@ -52,22 +52,26 @@ def merge_scans(into: Path, folders: Sequence[Path]) -> dict[str, Any]:
 
 
 def _merge_finished(out: Path, folders: Sequence[Path]) -> None:
-    scans = sorted(map(load_scan, folders), key=lambda scan: scan.identity.data)
+    scans = sorted(map(load_scan, folders), key=lambda scan: (scan.identity.data, scan.identity.files or ""))
     found = [scan.identity for scan in scans]
     for scan, identity in zip(scans, found, strict=True):
-        ours, its = (to_plain(replace(one, name="", data="")) for one in (found[0], identity))
+        ours, its = (to_plain(replace(one, name="", data="", files=None)) for one in (found[0], identity))
         if different := {name: its[name] for name in its if its[name] != ours[name]}:
             was = {name: ours[name] for name in different}
             raise UserError(
                 f"{scan.folder} was scanned with {different}, {scans[0].folder} with {was}: scan one of them again"
             )
     for left, right in pairwise(found):
-        if left.data == right.data:
+        if left.data == right.data and (left.files is None or left.files == right.files):
             raise UserError(f"data set {left.name!r} is named twice: its documents would count twice")
     first = found[0]
     if first.peaks != "none":
         _check_disjoint(scans)
-    identity = replace(first, name="+".join(one.name for one in found), data="+".join(one.data for one in found))
+    files = [one.files for one in found if one.files is not None]
+    identity = replace(
+        first, name="+".join(one.name for one in found), data="+".join(one.data for one in found),
+        files="+".join(files) if len(files) == len(found) else None,
+    )  # fmt: skip
     counts = [Counts(**{name: scan.counts[name] for name in to_plain(Counts())}) for scan in scans]
     offsets = np.cumsum([0, *(one.documents for one in counts)]).tolist()
     summaries = (summary_of(scan.features(), first.top_spans) for scan in scans)

@@ -14,10 +14,11 @@ import json
 import os
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import reduce
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -66,6 +67,8 @@ class Identity:
     span_tokens: int
     peaks: str
     """Whose peaks are kept, document by document: `all`, `none`, or the digest of a list of features."""
+    files: str | None = None
+    """Digest of the fingerprints of the data set's files; None in a scan that was begun before it was noted."""
 
 
 @dataclass(frozen=True)
@@ -127,13 +130,23 @@ def read_identity(path: Path) -> Identity | None:
 def check_identity(out: Path, identity: Identity) -> None:
     """Raise UserError when `out` holds a scan, or a part of one, that was made with something else."""
     there = read_identity(out)
-    if there is not None and there != identity:
-        old, new = to_plain(there), to_plain(identity)
-        was, now = ({name: one[name] for name in old if old[name] != new[name]} for one in (old, new))
+    if there is None:
+        return
+    was, now = _differences(there, identity)
+    if was:
         raise UserError(
             f"the scan in {out} was made with {was}, the config asks {now}: delete the folder to scan again, "
             "or set another run.dir to keep both"
         )
+
+
+def _differences(one: Identity, other: Identity) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What two identities disagree on, as each has it; files that one of them did not note may be the other's."""
+    if one.files is None or other.files is None:
+        one, other = replace(one, files=None), replace(other, files=None)
+    mine, its = to_plain(one), to_plain(other)
+    names = [name for name in mine if mine[name] != its[name]]
+    return {name: mine[name] for name in names}, {name: its[name] for name in names}
 
 
 def begin(out: Path, identity: Identity, share: Share) -> tuple[State, Summary]:
@@ -190,9 +203,18 @@ def shares_of(folders: Iterable[Path]) -> list[Path]:
         state = read_state(folder)
         if state is None or not state.finished:
             raise UserError(f"{folder} is not finished: run its command again to go on with it")
-        _, other = next(iter(found.values()), (folder, state))
-        if (state.identity, state.share.count) != (other.identity, other.share.count):
-            raise UserError(f"{folder} is a share of another scan than {next(iter(found.values()))[0]}")
+        for there, other in found.values():
+            was, its = _differences(other.identity, state.identity)
+            if was:
+                raise UserError(
+                    f"{folder} is a share of another scan than {there}, with {its} instead of {was}: scan one of them "
+                    "again (`files` stands for the content of the data set's files)"
+                )
+            if state.share.count != other.share.count:
+                raise UserError(
+                    f"{folder} is one of {state.share.count} shares, {there} one of {other.share.count}: scan one of "
+                    "them again with the other's number"
+                )
         if state.share.index in found:
             raise UserError(f"{folder} and {found[state.share.index][0]} are the same share; name one of them")
         found[state.share.index] = folder, state

@@ -31,6 +31,7 @@ from jaxtyping import Bool
 from fac_jax.backbone.weights import Loaded
 from fac_jax.config.data import DataSet, Source
 from fac_jax.config.file import Config
+from fac_jax.corpus_files import fingerprints
 from fac_jax.distributed import Process, beat, is_first, wait_for_all
 from fac_jax.errors import Unfinished, UserError
 from fac_jax.packing import PackedBatch, check_fits, encode_all, pack
@@ -65,7 +66,7 @@ def scan(config: Config, out: Path, inputs: Mapping[str, Path], name: str, peaks
     kept, kept_f = kept_features(peaks, sae.features)
     identity = Identity(
         name, digest(dataset), loaded.digest, sae.layer, sae.digest, sae.features, sae.k,
-        config.scan.acts, config.scan.top_spans, config.scan.span_tokens, kept,
+        config.scan.acts, config.scan.top_spans, config.scan.span_tokens, kept, _files(dataset),
     )  # fmt: skip
     parts.check_identity(out, identity)
     if not (out / "scan.json").exists():
@@ -79,6 +80,11 @@ def scan(config: Config, out: Path, inputs: Mapping[str, Path], name: str, peaks
     if is_first():
         shutil.rmtree(shares_folder(out), ignore_errors=True)
     return json.loads((out / "scan.json").read_text(encoding="utf-8"))["counts"]
+
+
+def _files(dataset: DataSet) -> str:
+    """Stands for what the files of a data set hold: elsewhere, or later, other files may lie at the same paths."""
+    return digest([fingerprints(path) for path in sorted({s.path for s in (*dataset.sources, *dataset.without)})])
 
 
 def _share(config: Config) -> Share:
@@ -98,10 +104,10 @@ def _finished_shares(out: Path, share: Share) -> list[Path]:
     if left:
         raise Unfinished(
             f"share {share.name} is scanned; {', '.join(left)} {'is' if len(left) == 1 else 'are'} not finished in "
-            f"{shares_folder(out)}: scan them with --scan.share, in this run directory or in others that `fac scan "
-            "merge` then joins"
+            f"{shares_folder(out)}: scan them with --scan.share, one after another in this run directory, or at the "
+            "same time in others that `fac scan merge` then joins"
         )
-    return folders
+    return parts.shares_of(folders)
 
 
 def kept_features(setting: str, features: int) -> tuple[str, Bool[np.ndarray, " f"]]:

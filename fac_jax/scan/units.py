@@ -2,8 +2,8 @@
 
 A unit is UNIT_DOCUMENTS consecutive documents of the data set, and no batch crosses from one into the next. So what is
 computed of a unit depends on nothing but the unit: share 1 of 2 and share 2 of 2 together are what one process makes
-alone, to the last bit. Every share reads the rows of all (a hundred megabytes of text a second, so that documents seen
-twice count once) and tokenizes and computes only its own.
+alone, to the last bit. Every share reads the rows of all, so that documents seen twice count once, and tokenizes and
+computes only its own.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
+from fac_jax.distributed import START_S, beat
 from fac_jax.text import Document
 
 UNIT_DOCUMENTS = 2048
@@ -39,13 +40,18 @@ class Cursor:
 
 
 def units(documents: Iterable[Document], share: Share, cursor: Cursor) -> Iterator[tuple[int, int, list[Document]]]:
-    """Number, first document and documents of each unit of a share from `cursor` on; the first may be a unit's rest."""
+    """Number, first document and documents of each unit of a share from `cursor` on; the first may be a unit's rest.
+
+    Beats with every document that passes: between two units of a share lie those of all others.
+    """
     held: list[Document] = []
+    limit_s: float | None = START_S  # the first unit's batches compile, however many documents have passed before it
     for ordinal, document in enumerate(documents):
         unit, place = divmod(ordinal, UNIT_DOCUMENTS)
         if place == 0 and held:
             yield unit - 1, UNIT_DOCUMENTS - len(held), held
-            held = []
+            held, limit_s = [], None
+        beat("reading a document", limit_s)
         if unit % share.count == share.index and (unit, place) >= (cursor.unit, cursor.documents):
             held.append(document)
     if held:

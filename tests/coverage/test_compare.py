@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tracemalloc
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -103,3 +104,72 @@ def test_what_cannot_be_compared(folders: tuple[Path, Path], tmp_path: Path) -> 
         compare(folders[0], tmp_path, 1.0)
     with pytest.raises(UserError, match="the threshold is -1"):
         compare(*folders, -1.0)
+
+
+def test_the_threshold_is_that_of_the_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    scans = {}
+    for name, threshold in (("a", 2), ("b", 2.0), ("c", 0.5)):
+        scans[name] = str(make(tmp_path / name / "scans" / name, name, texts(ord(name)), peaks="none"))
+        (tmp_path / name / "config.yaml").write_text(f"coverage: {{threshold: {threshold}}}")
+    scans["merged"] = str(tmp_path / "merged")
+    assert main(["scan", "merge", scans["merged"], scans["a"], scans["b"]]) == 0
+
+    def said(*arguments: str) -> str:
+        assert main(["coverage", *arguments]) == 0
+        return " ".join(capsys.readouterr().out.split())
+
+    for pair in (("a", "b"), ("merged", "a")):
+        out = said(scans[pair[0]], "--vs", scans[pair[1]])
+        assert "threshold 2: coverage.threshold in" in out and "peaks above 2, of" in out
+    assert "peaks above 0.5, of" in said(scans["merged"], "--vs", scans["c"])
+    out = said(scans["merged"], "--vs", scans["merged"])
+    assert "threshold 1: coverage.threshold by default, as no run holds these scans" in out
+    assert main(["coverage", scans["a"], "--vs", scans["c"]]) == 1
+    message = " ".join(capsys.readouterr().err.split())
+    assert "coverage.threshold is 2 in" in message and "and 0.5 in" in message and "with --threshold" in message
+    assert "peaks above 3, of" in said(scans["a"], "--vs", scans["c"], "--threshold", "3")
+
+
+def test_what_cannot_be_read_or_written_is_said_before_the_work(
+    folders: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").write_text("")
+    pair = [str(folders[0]), "--vs", str(folders[1])]
+    monkeypatch.setattr("fac_jax.coverage.compare.documents_above", None)
+    for place in ("file", "file/below"):
+        assert main(["coverage", *pair, "--out", str(tmp_path / place)]) == 1
+        assert f"{place} cannot be made a folder" in " ".join(capsys.readouterr().err.split())
+    assert main(["coverage", *pair, "--relevance", str(tmp_path / "nope")]) == 1
+    assert "nope holds no relevance product (no relevance.json)" in " ".join(capsys.readouterr().err.split())
+    assert main(["coverage", *pair, "--spans", "-1"]) == 1
+    assert "-1 passages of each feature were asked for" in capsys.readouterr().err
+
+
+def test_the_spans_are_the_first_of_the_scan_that_covers(folders: tuple[Path, Path], tmp_path: Path) -> None:
+    """Whatever row groups the files have, and without an object for every span there is."""
+    copies, wide = 600, []
+    for place, folder in zip("ab", folders, strict=True):
+        one = load_scan(folder).features()
+        many = pa.concat_tables([one] * copies).set_column(
+            0, one.schema.field(0), pa.array(range(copies * FEATURES), pa.int32())
+        )
+        out = tmp_path / place
+        out.mkdir()
+        pq.write_table(many, out / "features.parquet", row_group_size=700 if place == "a" else 1000)
+        product = json.loads((folder / "scan.json").read_text())
+        product["identity"]["features"] = copies * FEATURES
+        (out / "scan.json").write_text(json.dumps(product))
+        wide.append(out)
+    for count in (0, 2):
+        _, table = compare(*folders, 2.0, spans=count)
+        expected = []
+        shown = [load_scan(folder).features("spans")["spans"].to_pylist() for folder in folders]
+        for feature, side in enumerate(table["side"].to_pylist()):
+            spans = [] if side == "neither" else shown[side == "only_b"][feature][:count]
+            expected.append([{name: span[name] for name in ("score", "before", "token", "after")} for span in spans])
+        assert table["spans"].to_pylist() == expected
+        tracemalloc.start()
+        _, table = compare(*wide, 2.0, spans=count)
+        assert tracemalloc.get_traced_memory()[1] < 2**23
+        tracemalloc.stop()
+        assert table["spans"].to_pylist() == expected * copies

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tracemalloc
 from itertools import combinations
 
 import numpy as np
@@ -11,10 +12,12 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from scipy.sparse import csr_array, vstack
 
+from fac_jax.coverage import fac as fac_module
 from fac_jax.coverage.fac import (
     active,
     active_documents,
     bootstrap_fac,
+    curve_sizes,
     draws_of_length,
     expected_covered,
     fac,
@@ -142,6 +145,16 @@ def test_expected_coverage_of_millions_is_finite() -> None:
     found = expected_covered(np.array([1, 10_000_000, 5]), 10_000_000, np.array([1, 1000, 10_000_000]))
     assert np.isfinite(found).all() and found[-1] == 3 and (np.diff(found) > 0).all()
     assert found[0] == pytest.approx(1 + 6e-7)
+
+
+def test_expected_coverage_of_many_different_counts_takes_little_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    total, documents_f, sizes = 10**6, np.arange(1, 30_001) * 20, curve_sizes(10**6, 100)
+    tracemalloc.start()
+    found = expected_covered(documents_f, total, sizes)
+    assert tracemalloc.get_traced_memory()[1] < 10 * 8 * fac_module.AT_ONCE
+    tracemalloc.stop()
+    monkeypatch.setattr(fac_module, "AT_ONCE", 10**9)
+    np.testing.assert_allclose(found, expected_covered(documents_f, total, sizes), rtol=1e-12)
 
 
 def test_bootstrap_interval() -> None:

@@ -138,3 +138,10 @@ def test_nothing_relevant(
     (features["relevance"] / "relevance.json").write_text(json.dumps({"sae": "sae-1", **judged}))
     with pytest.raises(UserError, match=f"no feature is relevant to the task 'toxicity'.*{advice}"):
         made(coverage, tmp_path, {**scans, **features})
+
+
+@pytest.mark.parametrize(("draws", "least"), [({"bootstrap_draws": 0}, 1), ({"length_match_draws": -1}, 0)])
+def test_draws_that_give_no_figure(draws: dict[str, int], least: int) -> None:
+    ((name, value),) = draws.items()
+    with pytest.raises(UserError, match=f"coverage.{name} is {value}; it must be at least {least}"):
+        CoverageConfig(**draws)

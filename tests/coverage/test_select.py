@@ -15,12 +15,14 @@ import pytest
 from scipy.sparse import csr_array
 
 from fac_jax.config.coverage import CoverageConfig, SelectConfig
+from fac_jax.config.data import DataSet
+from fac_jax.config.features import ScanConfig
 from fac_jax.config.file import Config
 from fac_jax.coverage.measure import coverage
 from fac_jax.coverage.pool import read_documents_at, read_pool
 from fac_jax.coverage.select import CURVE_POINTS, curve_ranks, select
 from fac_jax.errors import UserError
-from fac_jax.pipeline import pipeline
+from fac_jax.pipeline import pipeline, scan_stage
 from fac_jax.plain import digest
 
 CONFIG = Config(coverage=CoverageConfig(threshold=1.0, sweep=(), length_match_draws=1))
@@ -165,6 +167,17 @@ def test_a_scan_that_kept_some_peaks(tmp_path: Path, inputs: dict[str, Path]) ->
     keep("none")
     with pytest.raises(UserError, match="kept no single documents, .*--scan.peaks all"):
         made(tmp_path, inputs)
+
+
+def test_the_command_for_a_scan_to_pick_from_keeps_its_peaks() -> None:
+    config = Config(data={"web": DataSet()}, scan=ScanConfig(peaks="none"))
+    picking = dataclasses.replace(config, select=SelectConfig(source="web"))
+    stage = pipeline(picking)["scan:web"]
+    assert stage.command == "fac scan CONFIG --data web --select.from web"
+    assert scan_stage(picking, "web").settings["scan"].peaks == "all", "which that command asks for too"
+    assert scan_stage(config, "web").settings["scan"].peaks == "none"
+    every = dataclasses.replace(picking, scan=ScanConfig())
+    assert pipeline(every)["scan:web"].command == "fac scan CONFIG --data web"
 
 
 def test_settings_that_cannot_be() -> None:

@@ -77,6 +77,18 @@ def test_scans_without_documents(tmp_path: Path) -> None:
     assert not (tmp_path / "ab" / "documents.parquet").exists()
 
 
+def test_other_files_at_the_same_path_are_another_data_set(tmp_path: Path) -> None:
+    here, there = (make(tmp_path / files, "one", texts(ord(files)), files=files) for files in "ab")
+    unknown = make(tmp_path / "c", "one", texts(3))
+    merge_scans(tmp_path / "both", [there, here])
+    assert load_scan(tmp_path / "both").identity.files == "a+b"
+    merge_scans(tmp_path / "three", [make(tmp_path / "d", "two", texts(4), files="d"), unknown])
+    assert load_scan(tmp_path / "three").identity.files is None
+    for twice in ([here, make(tmp_path / "e", "one", texts(5), files="a")], [here, unknown]):
+        with pytest.raises(UserError, match="data set 'one' is named twice"):
+            merge_scans(tmp_path / "into", twice)
+
+
 def test_what_cannot_be_merged(tmp_path: Path) -> None:
     one = make(tmp_path / "one", "one", texts(1))
     refused = {
@@ -105,6 +117,13 @@ def test_usage(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["scan", "merge"]) == 2 and "fac scan merge INTO FROM" in capsys.readouterr().out
     assert main(["scan", "merge", "--help"]) == 0
     assert main(["scan", "merge", "only-one"]) == 1 and "too few words" in capsys.readouterr().err
+
+
+def test_a_place_that_cannot_be_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "file").write_text("")
+    scans = [str(make(tmp_path / name, name, texts(ord(name)))) for name in "ab"]
+    assert main(["scan", "merge", str(tmp_path / "file" / "into"), *scans]) == 1
+    assert "file cannot be made a folder" in " ".join(capsys.readouterr().err.split())
 
 
 def test_a_damaged_state_is_named(tmp_path: Path) -> None:

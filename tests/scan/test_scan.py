@@ -25,6 +25,7 @@ from fac_jax.packing import encode
 from fac_jax.sae.checkpoint import LoadedSae, load_sae, save_sae
 from fac_jax.sae.model import SAE
 from fac_jax.scan import parts, scorer, stretch, units
+from fac_jax.scan.merge import merge_scans
 from fac_jax.scan.product import check_sae, load_scan
 from fac_jax.scan.scan import kept_features, scan
 from fac_jax.scan.scorer import peaks_of
@@ -216,6 +217,52 @@ def test_shares_together_are_what_one_makes(
     last = dataclasses.replace(config, scan=dataclasses.replace(config.scan, share="2/3"))
     assert run(last, tmp_path / "shared") == whole
     assert fingerprints(tmp_path / "shared") == fingerprints(tmp_path / "whole")
+
+
+def test_shares_of_other_files_are_not_one_scan(
+    config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for module in (units, parts):
+        monkeypatch.setattr(module, "UNIT_DOCUMENTS", 7)
+
+    def share(place: str, of: str) -> Path:
+        out = tmp_path / place
+        with pytest.raises(Unfinished):
+            run(dataclasses.replace(config, scan=dataclasses.replace(config.scan, share=of)), out)
+        return out
+
+    first, other_number = share("first", "1/2"), share("thirds", "2/3")
+    rows = (tmp_path / "rows.jsonl").read_text()
+    (tmp_path / "rows.jsonl").write_text(rows.replace("red", "dog"))
+    other = share("other", "2/2")
+    with pytest.raises(UserError, match="is a share of another scan than .* with {'files': .*} instead of {'files': "):
+        merge_scans(tmp_path / "into", [first, other])
+    with pytest.raises(UserError, match="2-of-3 is one of 3 shares, .*1-of-2 one of 2"):
+        merge_scans(tmp_path / "into", [first, other_number])
+    (tmp_path / "rows.jsonl").write_text(rows)
+    second = share("second", "2/2")
+    merge_scans(tmp_path / "whole", [second, first])
+    run(config, tmp_path / "alone")
+    assert fingerprints(tmp_path / "whole") == fingerprints(tmp_path / "alone")
+    for out in (first, other):  # as a version wrote them that noted no files
+        _forget_files(next((out / "shares").glob("*-of-*")))
+    merge_scans(tmp_path / "unknown", [first, other])
+
+
+def _forget_files(share: Path) -> None:
+    state = pq.read_table(share / "state.parquet")
+    said = json.loads(state.schema.metadata[b"fac_jax"])
+    del said["identity"]["files"]
+    pq.write_table(state.replace_schema_metadata({"fac_jax": json.dumps(said)}), share / "state.parquet")
+
+
+def test_a_pass_that_noted_no_files_goes_on(config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(parts, "finish", _interrupt)
+        run(config, tmp_path / "out")
+    _forget_files(tmp_path / "out" / "shares" / "1-of-1")
+    assert run(config, tmp_path / "out")["documents"] == load_scan(tmp_path / "out").counts["documents"]
+    assert load_scan(tmp_path / "out").identity.files is None
 
 
 def test_without_single_documents(config: Config, tmp_path: Path) -> None:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from fac_jax.distributed import START_S, Process
 from fac_jax.scan import units as module
 from fac_jax.scan.units import Cursor, Share, documents_left, units
 from fac_jax.text import Document
@@ -41,6 +44,20 @@ def test_every_document_is_in_one_share_once(total: int, count: int, data: st.Da
             assert [(u, p, d.id) for u, first, held in rest for p, d in enumerate(held, first)] == mine[cut:]
             assert documents_left(total, share, cursor) == len(mine) - cut
     assert sorted(seen) == [(i // SIZE, i % SIZE, f"{i:016x}") for i in range(total)]
+
+
+def test_what_passes_of_other_shares_moves_the_watchdog(monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[float | None] = []
+    monkeypatch.setattr(Process, "watchdog", SimpleNamespace(beat=lambda doing, limit_s: said.append(limit_s)))
+    passed = []
+    for _ in units(corpus(8 * SIZE), Share(2, 4), Cursor(0, 0)):
+        passed.append(said.copy())
+        said.clear()
+    start, step = [START_S] * 3 * SIZE, [None] * 4 * SIZE
+    assert passed == [start, step], "until the first unit is computed there is as much time as at the start"
+    assert said == [None] * SIZE
+    said.clear()
+    assert len(list(units(corpus(4 * SIZE), Share(0, 1), Cursor(3, 0)))) == 1 and len(said) == 4 * SIZE
 
 
 def test_shares_are_counted_from_one_in_names() -> None:
