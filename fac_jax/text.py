@@ -27,7 +27,7 @@ from fac_jax.config.data import DataSet, Source
 from fac_jax.corpus_files import CorpusFile, resolve
 from fac_jax.errors import UserError, first_line
 from fac_jax.plain import suggest
-from fac_jax.words import words
+from fac_jax.words import is_text, words
 
 T = TypeVar("T")
 log = logging.getLogger(__name__)
@@ -186,7 +186,7 @@ def _turns(value: Any, where: str) -> tuple[Turn, ...]:
             raise UserError(f"{where}: a message must have a role and a content, this one is {str(message)[:80]!r}")
         if content.strip():
             turns.append(Turn(role, content.strip()))
-    if any("\ud800" <= character <= "\udfff" for turn in turns for character in turn.content):
+    if not all(is_text(turn.content) for turn in turns):
         raise UserError(f"{where}: the text holds half of a UTF-16 pair, which is no character")
     if not any(turn.role == USER for turn in turns):
         raise UserError(f"{where}: the text is empty, or no turn is a user's")
@@ -270,6 +270,8 @@ def _json_error(error: json.JSONDecodeError) -> str:
 
 def _foreign_byte(text: str) -> str | None:
     """The first byte that is no UTF-8, as `surrogateescape` keeps it; None in text that is whole."""
+    if is_text(text):  # a thousand times faster than to look at each character
+        return None
     return next((f"0x{ord(c) - 0xDC00:02x}" for c in text if "\udc80" <= c <= "\udcff"), None)
 
 

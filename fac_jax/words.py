@@ -1,4 +1,4 @@
-"""The words of a text: what samples are counted in, and what makes two texts one."""
+"""The words of a text: what samples are counted in, what makes two texts one, and what is no text."""
 
 from __future__ import annotations
 
@@ -16,6 +16,15 @@ def normalised(text: str) -> str:
 def words(text: str) -> str:
     """What is compared of a text: its words, or all of it where it has none."""
     return normalised(text) or text.strip()
+
+
+def is_text(text: str) -> bool:
+    """Whether every character is one: JSON can hold halves of UTF-16 pairs, which no file can."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def word(text: str) -> str:

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fac_jax.words import normalised, words
+from fac_jax.words import is_text, normalised, words
 
 
 @pytest.mark.parametrize(
@@ -32,3 +32,9 @@ def test_words_without_combining_marks_are_runs_of_letters_and_digits(text: str)
     plain = unicodedata.normalize("NFKC", text).casefold()
     if not any(unicodedata.category(character) in ("Mn", "Mc") for character in plain):
         assert normalised(text) == " ".join(re.findall(r"\w+", plain))
+
+
+@given(st.text(st.characters(exclude_categories=[])))
+def test_half_of_a_pair_is_no_text(text: str) -> None:
+    assert is_text(text) == (not any("\ud800" <= character <= "\udfff" for character in text))
+    assert is_text("\U0001f600 é") and not is_text("half \ud83d")
