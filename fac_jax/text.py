@@ -75,12 +75,17 @@ def make_document(turns: Iterable[Turn], label: float | None, source: str) -> Do
     return Document(hashlib.sha256(content.encode()).hexdigest()[:16], turns, label, source)
 
 
-def read_documents(dataset: DataSet, name: str, skipped: list[str] | None = None) -> Iterator[Document]:
+def read_documents(
+    dataset: DataSet,
+    name: str,
+    skipped: list[str] | None = None,
+    check: Callable[[Document], object] | None = None,
+) -> Iterator[Document]:
     """Documents of a data set in file order, each content once (unless `unique` is false).
 
     A malformed row raises UserError with its file and row, or with `on_bad_row: skip` is logged, appended to `skipped`
-    and left out. What is in `without`, word for word, is left out and counted in the log. Raises UserError when nothing
-    is left.
+    and left out; so is a row whose document `check` raises UserError for. What is in `without`, word for word, is left
+    out and counted in the log. Raises UserError when nothing is left.
     """
     seen: set[str] = set()
     apart: set[str] = set()
@@ -90,7 +95,7 @@ def read_documents(dataset: DataSet, name: str, skipped: list[str] | None = None
     found, left_out = False, 0
     for source in dataset.sources:
         taken = 0
-        parse = partial(_row_document, source=source)
+        parse = partial(_checked_document, source=source, check=check)
         for document in parsed_rows(source, dataset.on_bad_row, skipped if skipped is not None else [], parse):
             if source.limit is not None and taken >= source.limit:
                 break
@@ -159,6 +164,13 @@ def count_documents(dataset: DataSet, name: str) -> int | None:
     return sum(1 for _ in read_documents(dataset, name))
 
 
+def _checked_document(row: Any, where: str, source: Source, check: Callable[[Document], object] | None) -> Document:
+    document = _row_document(row, where, source)
+    if check is not None:
+        check(document)
+    return document
+
+
 def _row_document(row: Any, where: str, source: Source) -> Document:
     if isinstance(row, tuple):  # turns made by a format of its own
         return make_document(row, source.constant_label, where)
@@ -178,14 +190,19 @@ def _turns(value: Any, where: str) -> tuple[Turn, ...]:
         value = [{"role": USER, "content": value}]
     if not isinstance(value, list) or not value:
         raise UserError(f"{where}: the text is {value!r}; it must be text or a list of {{role, content}} messages")
-    turns = []
+    turns: list[Turn] = []
+    after_empty = False
     for message in value:
         role = message.get("role") if isinstance(message, dict) else None
         content = message.get("content") if isinstance(message, dict) else None
         if not isinstance(role, str) or not isinstance(content, str):
             raise UserError(f"{where}: a message must have a role and a content, this one is {str(message)[:80]!r}")
-        if content.strip():
-            turns.append(Turn(role, content.strip()))
+        content = content.strip()
+        if content:
+            if after_empty and turns and turns[-1].role == role:  # templates refuse two turns of one role
+                content = f"{turns.pop().content}\n\n{content}"
+            turns.append(Turn(role, content))
+        after_empty = not content
     if not all(is_text(turn.content) for turn in turns):
         raise UserError(f"{where}: the text holds half of a UTF-16 pair, which is no character")
     if not any(turn.role == USER for turn in turns):

@@ -73,6 +73,15 @@ def test_messages_keep_their_roles_and_both_chitchat_speakers_are_users(tmp_path
     assert document.turns == (Turn("user", "Hi\nthere"), Turn("user", "yo"))
 
 
+def test_what_stood_around_an_empty_turn_is_one_turn(tmp_path: Path) -> None:
+    """Two turns of one role in a row are no conversation for many chat templates; those of the file stay."""
+    said = [("user", "a"), ("user", "b"), ("assistant", " "), ("user", "c"), ("assistant", ""), ("assistant", "d")]
+    messages = [{"role": role, "content": content} for role, content in [("user", ""), *said, ("user", "\n")]]
+    (tmp_path / "m.jsonl").write_text(json.dumps({"text": messages}))
+    (document,) = read_documents(DataSet(sources=(Source(str(tmp_path / "m.jsonl")),)), "x")
+    assert document.turns == (Turn("user", "a"), Turn("user", "b\n\nc"), Turn("assistant", "d"))
+
+
 @pytest.mark.parametrize(
     "value", [3, {"messages": 3}, {"turns": []}, {"messages": [[{"text": 5}]]}, {"messages": ["hi"]}]
 )

@@ -42,11 +42,11 @@ from fac_jax.config.file import Config
 from fac_jax.distributed import Process, from_all, wait_for_all
 from fac_jax.errors import UserError
 from fac_jax.mesh import own_mesh
-from fac_jax.packing import PackedBatch, encode_all, pack
+from fac_jax.packing import PackedBatch, encodable_documents, encode_all, pack
 from fac_jax.plain import digest
 from fac_jax.progress import Bar, progress
 from fac_jax.runs import write_text
-from fac_jax.text import count_documents, document_hash, read_documents
+from fac_jax.text import count_documents, document_hash
 
 log = logging.getLogger(__name__)
 LONG_WAIT = 0.1
@@ -191,7 +191,8 @@ def _batches(
 ) -> Iterator[PackedBatch]:
     """Packed batches of this writer's documents; `first` counts its own documents only."""
     dataset = config.dataset(config.harvest.data)
-    own = islice(read_documents(dataset, config.harvest.data, skipped), index, None, writers)
+    documents = encodable_documents(dataset, config.harvest.data, loaded.tokenizer, skipped)
+    own = islice(documents, index, None, writers)
     encoded = encode_all(islice(own, first, None), loaded.tokenizer, dataset.max_tokens)
     return pack(encoded, config.backbone.rows_per_batch, config.backbone.row_tokens, first)
 

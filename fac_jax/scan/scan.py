@@ -33,7 +33,7 @@ from fac_jax.config.data import DataSet, Source
 from fac_jax.config.file import Config
 from fac_jax.distributed import Process, beat, is_first, wait_for_all
 from fac_jax.errors import Unfinished, UserError
-from fac_jax.packing import PackedBatch, check_fits, encode_all, pack
+from fac_jax.packing import PackedBatch, check_fits, encodable_documents, encode_all, pack
 from fac_jax.plain import digest
 from fac_jax.progress import Bar, progress
 from fac_jax.sae.checkpoint import LoadedSae
@@ -43,7 +43,7 @@ from fac_jax.scan.peaks import Table
 from fac_jax.scan.scorer import dispatched, load_scorer
 from fac_jax.scan.stretch import Stretch
 from fac_jax.scan.units import Share, documents_left, units
-from fac_jax.text import count_documents, read_documents
+from fac_jax.text import count_documents
 
 WRITERS = {"kept": "synthesis", "random": "synthesis", "study_texts": "study:texts"}
 """Data sets that a run writes itself, and the stage that writes each."""
@@ -144,7 +144,7 @@ def scan_share(
     if dataset is not None:
         name, geometry = identity.name, config.backbone
         check_fits(dataset, name, geometry)
-        documents = read_documents(dataset, name, skipped)
+        documents = encodable_documents(dataset, name, loaded.tokenizer, skipped)
         with progress(f"scan {name}", _left(dataset, state), "documents") as bar:
             for unit, first, held in units(documents, share, state.cursor):
                 encoded = encode_all(held, loaded.tokenizer, dataset.max_tokens)
