@@ -38,6 +38,8 @@ POSITIVE_ABOVE = 0.5
 """A label above this is positive."""
 BLOCK_BYTES = 2**23
 """Bytes of a file in memory at once, and in one request to a server."""
+FIELD_CHARACTERS = 2**28
+"""Of a field of csv; a file whose quotes are wrong may be one field to its end."""
 
 
 @dataclass(frozen=True)
@@ -236,8 +238,7 @@ def _read_rows(file: CorpusFile, source: Source, every_field: bool) -> Iterator[
             for _ in range(source.skip_lines):
                 lines.readline()
             if kind in ("csv", "tsv"):
-                reader = csv.DictReader(lines, delimiter="," if kind == "csv" else "\t", strict=True)
-                yield from _csv_rows(file, reader, source.skip_lines)
+                yield from _csv_rows(file, lines, kind, source.skip_lines)
             else:
                 yield from _line_rows(file, lines, kind, source.text)
 
@@ -305,18 +306,19 @@ def _readable(file: CorpusFile) -> Iterator[None]:
         raise UserError(f"{file.name}: cannot be unpacked ({error}); copy or download it again") from None
 
 
-def _csv_rows(file: CorpusFile, reader: csv.DictReader[str], skipped_lines: int) -> Iterator[tuple[str, Any]]:
+def _csv_rows(file: CorpusFile, lines: io.TextIOWrapper, kind: str, skipped_lines: int) -> Iterator[tuple[str, Any]]:
+    csv.field_size_limit(FIELD_CHARACTERS)
+    reader = csv.DictReader(lines, delimiter="," if kind == "csv" else "\t", strict=True)
     while True:
         try:
             row = next(reader)
         except StopIteration:
             return
         except csv.Error as error:
-            yield (
-                where := f"{file.name}:{reader.reader.line_num + skipped_lines}",
-                UserError(f"{where}: not valid {PurePosixPath(file.name).suffix[1:]} ({error})"),
-            )
-            continue
+            raise UserError(
+                f"{file.name}:{reader.reader.line_num + skipped_lines}: not valid {kind} ({error}): where the next row "
+                'begins is not known, so the file must be mended; a quote inside a quoted field is written twice ("")'
+            ) from None
         where = f"{file.name}:{reader.line_num + skipped_lines}"
         if foreign := _foreign_byte("".join(str(value) for value in row.values())):
             yield where, UserError(f"{where}: not UTF-8 text (byte {foreign})")

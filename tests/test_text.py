@@ -126,6 +126,31 @@ def test_a_csv_row_with_too_few_fields_is_named(tmp_path: Path) -> None:
         list(read_documents(DataSet(sources=(Source(str(tmp_path / "a.csv"), label="label"),)), "x"))
 
 
+@pytest.mark.parametrize(
+    ("name", "line", "message"),
+    [
+        ("a.csv", '"he said "no" to me\nand left",1', "a.csv:3: not valid csv .*; a quote inside .* is written twice"),
+        ("a.csv.gz", '"he said "no" to me\nand left",1', "a.csv.gz:3: not valid csv"),
+        ("a.tsv", '"never closed\t1\nx\t0', "a.tsv:5: not valid tsv"),
+    ],
+)
+def test_behind_a_wrong_quote_no_row_is_trusted(tmp_path: Path, name: str, line: str, message: str) -> None:
+    """It stops the run also when bad rows are left out: what follows would be a row of its own, with a label."""
+    separator = "\t" if ".tsv" in name else ","
+    content = f"text{separator}label\nfine{separator}1\n{line}\nlast{separator}0\n".encode()
+    (tmp_path / name).write_bytes(gzip.compress(content) if name.endswith(".gz") else content)
+    data = DataSet((Source(str(tmp_path / name), label="label"),), on_bad_row="skip")
+    with pytest.raises(UserError, match=message):
+        list(read_documents(data, "x"))
+
+
+def test_a_long_field_is_read(tmp_path: Path) -> None:
+    """Longer than 131,072 characters, at which Python's csv stops by itself."""
+    (tmp_path / "a.csv").write_text('text,label\n"' + "word, \n" * 50_000 + '",1\n')
+    (found,) = read_documents(DataSet((Source(str(tmp_path / "a.csv"), label="label"),)), "x")
+    assert len(found.text) == 7 * 50_000 - 2 and found.label == 1
+
+
 def test_files_that_cannot_be_read_are_named(tmp_path: Path) -> None:
     """A damaged or false archive, text in another encoding, JSON that holds no rows: an error each, no traceback."""
     whole = gzip.compress(json.dumps({"text": "x" * 9999}).encode() * 99)
