@@ -13,7 +13,7 @@ import io
 import json
 import logging
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -89,16 +89,18 @@ def read_documents(
     and left out; so is a row whose document `check` raises UserError for. What is in `without`, word for word, is left
     out and counted in the log. Raises UserError when nothing is left.
     """
+    skipped = [] if skipped is None else skipped
     seen: set[str] = set()
     apart: set[str] = set()
     if dataset.without:
         other = replace(dataset, sources=dataset.without, without=(), sample=1.0, unique=True)
         apart = {words(document.text) for document in read_documents(other, f"{name}.without", skipped)}
-    found, left_out = False, 0
+    found, rows, left_out, skipped_before = False, 0, 0, len(skipped)
     for source in dataset.sources:
         taken = 0
         parse = partial(_checked_document, source=source, check=check)
-        for document in parsed_rows(source, dataset.on_bad_row, skipped if skipped is not None else [], parse):
+        for document in parsed_rows(source, dataset.on_bad_row, skipped, parse):
+            rows += 1
             if source.limit is not None and taken >= source.limit:
                 break
             low, high = source.split
@@ -117,10 +119,18 @@ def read_documents(
     if left_out:
         log.info("data.%s: %d documents left out, which data.%s.without holds", name, left_out, name)
     if not found:
-        raise UserError(
-            f"data.{name} has no documents: {', '.join(s.path for s in dataset.sources) or 'it lists no sources'} "
-            f"gave nothing under its split, sample ({dataset.sample}) and limit; widen them or mend the path"
-        )
+        raise UserError(f"data.{name} has no documents: {_why_none(dataset, rows, skipped[skipped_before:])}")
+
+
+def _why_none(dataset: DataSet, rows: int, malformed: Sequence[str]) -> str:
+    paths = ", ".join(source.path for source in dataset.sources)
+    if not paths:
+        return "it lists no sources"
+    if rows:
+        return f"{paths} gave nothing under its split, sample ({dataset.sample}) and limit; widen them or mend the path"
+    if malformed:
+        return f"every row of {paths} is malformed ({len(malformed):,}); the first is {malformed[0]}"
+    return f"{paths} is empty: no row is in it; mend the path"
 
 
 def read_rows(source: Source) -> Iterator[tuple[str, Any]]:
@@ -178,13 +188,18 @@ def _row_document(row: Any, where: str, source: Source) -> Document:
         return make_document(row, source.constant_label, where)
     if not isinstance(row, dict):
         raise UserError(f"{where}: a row must be an object with fields, this one is {type(row).__name__}")
-    if source.text not in row:
-        raise UserError(
-            f"{where}: no field {source.text!r}{suggest(source.text, row)}; it has {', '.join(map(str, row))}"
-        )
-    turns = _turns(row[source.text], where)
+    turns = _turns(_field(row, source.text, "text", where), where)
     label = source.constant_label if source.label is None else _label(row, source.label, where)
     return make_document(turns, label, where)
+
+
+def _field(row: dict[str, Any], name: str, setting: str, where: str) -> Any:
+    if name not in row:
+        raise UserError(
+            f"{where}: no field {name!r}{suggest(name, row)}; it has {', '.join(map(str, row))}; where another holds "
+            f"the {setting}, name it on the source ({setting}: FIELD)"
+        )
+    return row[name]
 
 
 def _turns(value: Any, where: str) -> tuple[Turn, ...]:
@@ -213,11 +228,11 @@ def _turns(value: Any, where: str) -> tuple[Turn, ...]:
 
 
 def _label(row: dict[str, Any], name: str, where: str) -> float:
-    value = row.get(name)
+    value = _field(row, name, "label", where)
     if isinstance(value, str):
         value = {"true": 1.0, "false": 0.0}.get(value.strip().lower(), value)
     try:
-        label = float(value)  # type: ignore[arg-type]
+        label = float(value)
     except (TypeError, ValueError):
         raise UserError(f"{where}: the label {name!r} is {value!r}; it must be a number or true/false") from None
     if not math.isfinite(label):
@@ -333,14 +348,13 @@ def _csv_rows(file: CorpusFile, lines: io.TextIOWrapper, kind: str, skipped_line
 
 
 def _parquet_rows(file: CorpusFile, source: Source, every_field: bool) -> Iterator[dict[str, Any]]:
-    """Rows with the fields that the source names; with all of them where its text is missing, which is then said."""
+    """Rows with the fields that the source names; with all of them where one is missing, which is then said."""
     try:
         # pre_buffer, pyarrow's default, would hold the columns of the whole file in memory before the first row.
         with file.open() as stored, pq.ParquetFile(stored, buffer_size=BLOCK_BYTES, pre_buffer=False) as table:
-            names = table.schema_arrow.names
-            some = source.text in names and not every_field
-            wanted = [name for name in (source.text, source.label) if name in names] if some else None
-            for batch in table.iter_batches(batch_size=1024, columns=wanted):
+            wanted = [source.text] if source.label is None else [source.text, source.label]
+            some = not every_field and set(wanted) <= set(table.schema_arrow.names)
+            for batch in table.iter_batches(batch_size=1024, columns=wanted if some else None):
                 yield from batch.to_pylist()
     except (pa.ArrowInvalid, OSError) as error:
         if getattr(error, "errno", None) is not None:

@@ -99,6 +99,8 @@ BAD_LINES = [
     ('{"txt": "x"}', "bad.jsonl:2: no field 'text' (did you mean 'txt'?)"),
     ('{"text": 5}', "bad.jsonl:2: the text is 5"),
     ('{"text": "   "}', "bad.jsonl:2: the text is empty"),
+    ('{"text": "x", "lable": 1}', "bad.jsonl:2: no field 'label' (did you mean 'lable'?); it has text, lable; where"),
+    ('{"text": "x", "label": null}', "bad.jsonl:2: the label 'label' is None"),
     ('{"text": "x", "label": "perhaps"}', "bad.jsonl:2: the label 'label' is 'perhaps'"),
     ('{"text": "x", "label": NaN}', "must be finite"),
     ('["a"]', "bad.jsonl:2: a row must be an object"),
@@ -118,6 +120,26 @@ def test_a_malformed_row_is_named_or_skipped_and_listed(tmp_path: Path, line: st
     kept = DataSet(sources=data.sources, on_bad_row="skip")
     assert [d.text for d in read_documents(kept, "x", skipped)] == ["first", "last"]
     assert len(skipped) == 1 and message in skipped[0]
+
+
+def test_a_field_that_no_row_has_is_said_when_all_are_left_out(tmp_path: Path) -> None:
+    """A wider split would not help, which is what is said when rows are there and none is taken."""
+    (tmp_path / "a.jsonl").write_text('{"txt": "x"}\n' * 3)
+    dataset = DataSet((Source(str(tmp_path / "a.jsonl")),), on_bad_row="skip")
+    with pytest.raises(UserError, match=r"every row of .*a.jsonl is malformed \(3\); the first is a.jsonl:1: no field"):
+        list(read_documents(dataset, "x"))
+    named = replace(dataset, sources=(Source(str(tmp_path / "a.jsonl"), text="txt", split=(0.0, 1e-9)),))
+    with pytest.raises(UserError, match="gave nothing under its split"):
+        list(read_documents(named, "x"))
+
+
+def test_a_label_that_a_parquet_file_lacks_is_named_with_those_it_has(tmp_path: Path) -> None:
+    pq.write_table(pa.table({"text": ["x"], "label": [1]}), tmp_path / "a.parquet")
+    source = Source(str(tmp_path / "a.parquet"), label="lable")
+    with pytest.raises(
+        UserError, match=r"no field 'lable' \(did you mean 'label'\?\); it has text, label; .*label: FIELD"
+    ):
+        list(read_documents(DataSet((source,)), "x"))
 
 
 def test_a_csv_row_with_too_few_fields_is_named(tmp_path: Path) -> None:
@@ -193,9 +215,10 @@ def test_missing_and_empty_corpora_are_named(tmp_path: Path) -> None:
         resolve(str(tmp_path / "nothing*.jsonl"))
     with pytest.raises(UserError, match="package 'no_such_package' is not installed"):
         resolve("pkg://no_such_package/x.json")
-    (tmp_path / "empty.jsonl").write_text("")
-    with pytest.raises(UserError, match="data.x has no documents"):
-        list(read_documents(DataSet(sources=(Source(str(tmp_path / "empty.jsonl")),)), "x"))
+    for content in ("", "\n \n"):
+        (tmp_path / "empty.jsonl").write_text(content)
+        with pytest.raises(UserError, match=r"data.x has no documents: .*empty.jsonl is empty"):
+            list(read_documents(DataSet(sources=(Source(str(tmp_path / "empty.jsonl")),)), "x"))
     (tmp_path / "a.weird").write_text("x")
     with pytest.raises(UserError, match="set format"):
         list(read_documents(DataSet(sources=(Source(str(tmp_path / "a.weird")),)), "x"))
