@@ -213,6 +213,10 @@ def test_a_file_that_ends_early_is_no_bad_row(tmp_path: Path) -> None:
 def test_missing_and_empty_corpora_are_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no such file; mend the path"):
         resolve(str(tmp_path / "nothing*.jsonl"))
+    with pytest.raises(
+        UserError, match=f"{tmp_path.name} is a folder; name the files in it, .*{tmp_path.name}/\\*.jsonl$"
+    ):
+        resolve(f"{tmp_path}/")
     with pytest.raises(UserError, match="package 'no_such_package' is not installed"):
         resolve("pkg://no_such_package/x.json")
     for content in ("", "\n \n"):
