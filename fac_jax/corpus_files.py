@@ -172,6 +172,8 @@ def local_files(path: str) -> list[Path]:
         )
     found = sorted(Path(name) for name in glob(str(Path(pattern).expanduser()), recursive=True))
     files = [file for file in found if file.is_file()]
+    if not files and found:
+        raise UserError(f"{path}: {found[0]} is a folder; name the files in it, such as {path.rstrip('/')}/*.jsonl")
     if not files:
         raise UserError(f"{path}: no such file; mend the path")
     return files

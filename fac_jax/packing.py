@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from itertools import islice
 
 import numpy as np
@@ -52,6 +52,13 @@ class PackedBatch:
     """Ordinal of the first document: `pack` of the documents from it on, with this `first`, begins with this batch."""
 
 
+def encodable_documents(
+    dataset: DataSet, name: str, tokenizer: PreTrainedTokenizerFast, skipped: list[str] | None = None
+) -> Iterator[Document]:
+    """`read_documents`; a row whose turns the chat template refuses is a malformed one, and has no number."""
+    return read_documents(dataset, name, skipped, partial(template_pieces, tokenizer=tokenizer))
+
+
 def encode(document: Document, tokenizer: PreTrainedTokenizerFast, max_tokens: int) -> EncodedDocument:
     """`encode_all` of one document."""
     return next(encode_all([document], tokenizer, max_tokens))
@@ -81,15 +88,10 @@ def encode_all(
 
 def rendered(document: Document, tokenizer: PreTrainedTokenizerFast) -> tuple[str, list[int]]:
     """The text under the template, and where in it the words of each turn start."""
-    roles = tuple(turn.role for turn in document.turns)
     try:
-        pieces = _template_pieces(tokenizer, tokenizer.chat_template, roles)
-    except TemplateError as error:
-        raise UserError(
-            f"{document.source}: the chat template refuses turns of {', '.join(roles)} ({error}); leave the row out"
-        ) from None
-    if len(pieces) <= len(roles):
-        raise UserError(f"{document.source}: the chat template drops a {roles[len(pieces)]!r} turn; leave it out")
+        pieces = template_pieces(document, tokenizer)
+    except UserError as error:
+        raise UserError(f"{error}; leave the row out") from None
     parts, starts, length = [pieces[0]], [], len(pieces[0])
     for turn, piece in zip(document.turns, pieces[1:], strict=True):
         starts.append(length)
@@ -119,10 +121,21 @@ def special_ids(tokenizer: PreTrainedTokenizerFast) -> list[int]:
     return sorted({*tokenizer.all_special_ids, *added})
 
 
+def template_pieces(document: Document, tokenizer: PreTrainedTokenizerFast) -> list[str]:
+    """What the template puts before, between and after the turns. Raises UserError where it refuses or drops one."""
+    roles = tuple(turn.role for turn in document.turns)
+    try:
+        pieces = _pieces(tokenizer, tokenizer.chat_template, roles)
+    except TemplateError as error:
+        raise UserError(f"{document.source}: the chat template refuses turns of {', '.join(roles)} ({error})") from None
+    if len(pieces) <= len(roles):
+        raise UserError(f"{document.source}: the chat template drops a {roles[len(pieces)]!r} turn")
+    return pieces
+
+
 @lru_cache(2**12)
-def _template_pieces(tokenizer: PreTrainedTokenizerFast, template: str | None, roles: tuple[str, ...]) -> list[str]:
-    """What the template puts before, between and after the contents of turns of these roles: one piece more than there
-    are turns, or less where it drops one."""
+def _pieces(tokenizer: PreTrainedTokenizerFast, template: str | None, roles: tuple[str, ...]) -> list[str]:
+    """`template_pieces` for turns of these roles: one piece more than there are turns, or less where it drops one."""
     if template is None:
         return ["", *["\n\n"] * (len(roles) - 1), ""]
     marks = [f"\ue000{index}\ue001" for index in range(len(roles))]  # private use: in no real text
@@ -209,7 +222,7 @@ def batches(
 ) -> Iterator[PackedBatch]:
     """Packed batches of a whole data set."""
     check_fits(dataset, name, geometry)
-    encoded = encode_all(read_documents(dataset, name), tokenizer, dataset.max_tokens)
+    encoded = encode_all(encodable_documents(dataset, name, tokenizer), tokenizer, dataset.max_tokens)
     return pack(encoded, geometry.rows_per_batch, geometry.row_tokens)
 
 

@@ -13,7 +13,7 @@ import io
 import json
 import logging
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -24,10 +24,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from fac_jax.config.data import DataSet, Source
-from fac_jax.corpus_files import CorpusFile, resolve
+from fac_jax.corpus_files import CorpusFile, fingerprints, resolve
 from fac_jax.errors import UserError, first_line
-from fac_jax.plain import suggest
-from fac_jax.words import words
+from fac_jax.plain import digest, suggest
+from fac_jax.words import is_text, words
 
 T = TypeVar("T")
 log = logging.getLogger(__name__)
@@ -38,6 +38,8 @@ POSITIVE_ABOVE = 0.5
 """A label above this is positive."""
 BLOCK_BYTES = 2**23
 """Bytes of a file in memory at once, and in one request to a server."""
+FIELD_CHARACTERS = 2**28
+"""Of a field of csv; a file whose quotes are wrong may be one field to its end."""
 
 
 @dataclass(frozen=True)
@@ -75,23 +77,30 @@ def make_document(turns: Iterable[Turn], label: float | None, source: str) -> Do
     return Document(hashlib.sha256(content.encode()).hexdigest()[:16], turns, label, source)
 
 
-def read_documents(dataset: DataSet, name: str, skipped: list[str] | None = None) -> Iterator[Document]:
+def read_documents(
+    dataset: DataSet,
+    name: str,
+    skipped: list[str] | None = None,
+    check: Callable[[Document], object] | None = None,
+) -> Iterator[Document]:
     """Documents of a data set in file order, each content once (unless `unique` is false).
 
     A malformed row raises UserError with its file and row, or with `on_bad_row: skip` is logged, appended to `skipped`
-    and left out. What is in `without`, word for word, is left out and counted in the log. Raises UserError when nothing
-    is left.
+    and left out; so is a row whose document `check` raises UserError for. What is in `without`, word for word, is left
+    out and counted in the log. Raises UserError when nothing is left.
     """
+    skipped = [] if skipped is None else skipped
     seen: set[str] = set()
     apart: set[str] = set()
     if dataset.without:
         other = replace(dataset, sources=dataset.without, without=(), sample=1.0, unique=True)
         apart = {words(document.text) for document in read_documents(other, f"{name}.without", skipped)}
-    found, left_out = False, 0
+    found, rows, left_out, skipped_before = False, 0, 0, len(skipped)
     for source in dataset.sources:
         taken = 0
-        parse = partial(_row_document, source=source)
-        for document in parsed_rows(source, dataset.on_bad_row, skipped if skipped is not None else [], parse):
+        parse = partial(_checked_document, source=source, check=check)
+        for document in parsed_rows(source, dataset.on_bad_row, skipped, parse):
+            rows += 1
             if source.limit is not None and taken >= source.limit:
                 break
             low, high = source.split
@@ -110,10 +119,18 @@ def read_documents(dataset: DataSet, name: str, skipped: list[str] | None = None
     if left_out:
         log.info("data.%s: %d documents left out, which data.%s.without holds", name, left_out, name)
     if not found:
-        raise UserError(
-            f"data.{name} has no documents: {', '.join(s.path for s in dataset.sources) or 'it lists no sources'} "
-            f"gave nothing under its split, sample ({dataset.sample}) and limit; widen them or mend the path"
-        )
+        raise UserError(f"data.{name} has no documents: {_why_none(dataset, rows, skipped[skipped_before:])}")
+
+
+def _why_none(dataset: DataSet, rows: int, malformed: Sequence[str]) -> str:
+    paths = ", ".join(source.path for source in dataset.sources)
+    if not paths:
+        return "it lists no sources"
+    if rows:
+        return f"{paths} gave nothing under its split, sample ({dataset.sample}) and limit; widen them or mend the path"
+    if malformed:
+        return f"every row of {paths} is malformed ({len(malformed):,}); the first is {malformed[0]}"
+    return f"{paths} is empty: no row is in it; mend the path"
 
 
 def read_rows(source: Source) -> Iterator[tuple[str, Any]]:
@@ -149,6 +166,12 @@ def parsed_rows(
                 yield parsed
 
 
+def files_digest(dataset: DataSet) -> str:
+    """Stands for what the files of a data set hold: elsewhere, or later, other files may lie at the same paths."""
+    paths = sorted({source.path for source in (*dataset.sources, *dataset.without)})
+    return digest([fingerprints(path) for path in paths])
+
+
 def count_documents(dataset: DataSet, name: str) -> int | None:
     """How many `read_documents` gives, for an ETA; None where reading them all for that would take long, or log every
     malformed row twice."""
@@ -159,18 +182,30 @@ def count_documents(dataset: DataSet, name: str) -> int | None:
     return sum(1 for _ in read_documents(dataset, name))
 
 
+def _checked_document(row: Any, where: str, source: Source, check: Callable[[Document], object] | None) -> Document:
+    document = _row_document(row, where, source)
+    if check is not None:
+        check(document)
+    return document
+
+
 def _row_document(row: Any, where: str, source: Source) -> Document:
     if isinstance(row, tuple):  # turns made by a format of its own
         return make_document(row, source.constant_label, where)
     if not isinstance(row, dict):
         raise UserError(f"{where}: a row must be an object with fields, this one is {type(row).__name__}")
-    if source.text not in row:
-        raise UserError(
-            f"{where}: no field {source.text!r}{suggest(source.text, row)}; it has {', '.join(map(str, row))}"
-        )
-    turns = _turns(row[source.text], where)
+    turns = _turns(_field(row, source.text, "text", where), where)
     label = source.constant_label if source.label is None else _label(row, source.label, where)
     return make_document(turns, label, where)
+
+
+def _field(row: dict[str, Any], name: str, setting: str, where: str) -> Any:
+    if name not in row:
+        raise UserError(
+            f"{where}: no field {name!r}{suggest(name, row)}; it has {', '.join(map(str, row))}; where another holds "
+            f"the {setting}, name it on the source ({setting}: FIELD)"
+        )
+    return row[name]
 
 
 def _turns(value: Any, where: str) -> tuple[Turn, ...]:
@@ -178,15 +213,20 @@ def _turns(value: Any, where: str) -> tuple[Turn, ...]:
         value = [{"role": USER, "content": value}]
     if not isinstance(value, list) or not value:
         raise UserError(f"{where}: the text is {value!r}; it must be text or a list of {{role, content}} messages")
-    turns = []
+    turns: list[Turn] = []
+    after_empty = False
     for message in value:
         role = message.get("role") if isinstance(message, dict) else None
         content = message.get("content") if isinstance(message, dict) else None
         if not isinstance(role, str) or not isinstance(content, str):
             raise UserError(f"{where}: a message must have a role and a content, this one is {str(message)[:80]!r}")
-        if content.strip():
-            turns.append(Turn(role, content.strip()))
-    if any("\ud800" <= character <= "\udfff" for turn in turns for character in turn.content):
+        content = content.strip()
+        if content:
+            if after_empty and turns and turns[-1].role == role:  # templates refuse two turns of one role
+                content = f"{turns.pop().content}\n\n{content}"
+            turns.append(Turn(role, content))
+        after_empty = not content
+    if not all(is_text(turn.content) for turn in turns):
         raise UserError(f"{where}: the text holds half of a UTF-16 pair, which is no character")
     if not any(turn.role == USER for turn in turns):
         raise UserError(f"{where}: the text is empty, or no turn is a user's")
@@ -194,11 +234,11 @@ def _turns(value: Any, where: str) -> tuple[Turn, ...]:
 
 
 def _label(row: dict[str, Any], name: str, where: str) -> float:
-    value = row.get(name)
+    value = _field(row, name, "label", where)
     if isinstance(value, str):
         value = {"true": 1.0, "false": 0.0}.get(value.strip().lower(), value)
     try:
-        label = float(value)  # type: ignore[arg-type]
+        label = float(value)
     except (TypeError, ValueError):
         raise UserError(f"{where}: the label {name!r} is {value!r}; it must be a number or true/false") from None
     if not math.isfinite(label):
@@ -219,8 +259,7 @@ def _read_rows(file: CorpusFile, source: Source, every_field: bool) -> Iterator[
             for _ in range(source.skip_lines):
                 lines.readline()
             if kind in ("csv", "tsv"):
-                reader = csv.DictReader(lines, delimiter="," if kind == "csv" else "\t", strict=True)
-                yield from _csv_rows(file, reader, source.skip_lines)
+                yield from _csv_rows(file, lines, kind, source.skip_lines)
             else:
                 yield from _line_rows(file, lines, kind, source.text)
 
@@ -270,6 +309,8 @@ def _json_error(error: json.JSONDecodeError) -> str:
 
 def _foreign_byte(text: str) -> str | None:
     """The first byte that is no UTF-8, as `surrogateescape` keeps it; None in text that is whole."""
+    if is_text(text):  # a thousand times faster than to look at each character
+        return None
     return next((f"0x{ord(c) - 0xDC00:02x}" for c in text if "\udc80" <= c <= "\udcff"), None)
 
 
@@ -286,18 +327,19 @@ def _readable(file: CorpusFile) -> Iterator[None]:
         raise UserError(f"{file.name}: cannot be unpacked ({error}); copy or download it again") from None
 
 
-def _csv_rows(file: CorpusFile, reader: csv.DictReader[str], skipped_lines: int) -> Iterator[tuple[str, Any]]:
+def _csv_rows(file: CorpusFile, lines: io.TextIOWrapper, kind: str, skipped_lines: int) -> Iterator[tuple[str, Any]]:
+    csv.field_size_limit(FIELD_CHARACTERS)
+    reader = csv.DictReader(lines, delimiter="," if kind == "csv" else "\t", strict=True)
     while True:
         try:
             row = next(reader)
         except StopIteration:
             return
         except csv.Error as error:
-            yield (
-                where := f"{file.name}:{reader.reader.line_num + skipped_lines}",
-                UserError(f"{where}: not valid {PurePosixPath(file.name).suffix[1:]} ({error})"),
-            )
-            continue
+            raise UserError(
+                f"{file.name}:{reader.reader.line_num + skipped_lines}: not valid {kind} ({error}): where the next row "
+                'begins is not known, so the file must be mended; a quote inside a quoted field is written twice ("")'
+            ) from None
         where = f"{file.name}:{reader.line_num + skipped_lines}"
         if foreign := _foreign_byte("".join(str(value) for value in row.values())):
             yield where, UserError(f"{where}: not UTF-8 text (byte {foreign})")
@@ -312,14 +354,13 @@ def _csv_rows(file: CorpusFile, reader: csv.DictReader[str], skipped_lines: int)
 
 
 def _parquet_rows(file: CorpusFile, source: Source, every_field: bool) -> Iterator[dict[str, Any]]:
-    """Rows with the fields that the source names; with all of them where its text is missing, which is then said."""
+    """Rows with the fields that the source names; with all of them where one is missing, which is then said."""
     try:
         # pre_buffer, pyarrow's default, would hold the columns of the whole file in memory before the first row.
         with file.open() as stored, pq.ParquetFile(stored, buffer_size=BLOCK_BYTES, pre_buffer=False) as table:
-            names = table.schema_arrow.names
-            some = source.text in names and not every_field
-            wanted = [name for name in (source.text, source.label) if name in names] if some else None
-            for batch in table.iter_batches(batch_size=1024, columns=wanted):
+            wanted = [source.text] if source.label is None else [source.text, source.label]
+            some = not every_field and set(wanted) <= set(table.schema_arrow.names)
+            for batch in table.iter_batches(batch_size=1024, columns=wanted if some else None):
                 yield from batch.to_pylist()
     except (pa.ArrowInvalid, OSError) as error:
         if getattr(error, "errno", None) is not None:

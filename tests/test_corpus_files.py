@@ -139,10 +139,13 @@ def test_a_missing_field_is_said_as_of_a_local_file(server: Server, url: str, tm
     upload(folder, url)
     said = error_of(f"{url}/b.parquet", text="txt")
     assert said.startswith(
-        "b.parquet:1: no field 'txt' (did you mean 'text'?); it has label, text, more, other; mend the row"
+        "b.parquet:1: no field 'txt' (did you mean 'text'?); it has label, text, more, other; where another holds the "
+        "text, name it on the source (text: FIELD); mend the row"
     )
     assert said == error_of(f"{folder}/b.parquet", text="txt")
-    assert "b.parquet:1: the label 'lable' is None" in error_of(f"{url}/b.parquet", label="lable")
+    assert "b.parquet:1: no field 'lable' (did you mean 'label'?); it has label, text" in error_of(
+        f"{url}/b.parquet", label="lable"
+    )
 
 
 def test_a_fingerprint_changes_with_the_object(server: Server, url: str) -> None:

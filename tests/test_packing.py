@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,8 +17,9 @@ from fac_jax import packing
 from fac_jax.config.activations import BackboneConfig
 from fac_jax.config.data import DataSet, Source
 from fac_jax.errors import UserError
-from fac_jax.packing import EncodedDocument, batches, encode, encode_all, pack
+from fac_jax.packing import EncodedDocument, batches, encodable_documents, encode, encode_all, pack
 from fac_jax.text import Document, Turn, make_document
+from tests.refused import ALTERNATE, with_refused
 
 TEMPLATE = (
     "{% if messages[0]['role'] != 'system' %}<|im_start|>system\nYou are helpful<|im_end|>\n{% endif %}"
@@ -163,3 +165,25 @@ def test_a_document_longer_than_a_row_is_refused(tmp_path: Path, tokenizer: PreT
     data = DataSet(sources=(Source(str(tmp_path / "a.jsonl")),), max_tokens=64)
     with pytest.raises(UserError, match="data.x.max_tokens is 64, more than backbone.row_tokens 32"):
         batches(data, "x", tokenizer, BackboneConfig(row_tokens=32))
+
+
+def test_what_the_template_refuses_is_a_malformed_row(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    """Also a turn that it drops. It has no number, counts towards no limit, and may come first."""
+    strict = PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer)
+    strict.chat_template = ALTERNATE + TEMPLATE.replace(
+        "for m in messages %}<", "for m in messages if m.role != 'x' %}<"
+    )
+    rows, refused = with_refused("".join(f'{{"text": "{i}"}}\n' for i in range(20)))
+    dropped = '{"text": [{"role": "user", "content": "q"}, {"role": "x", "content": "a"}]}\n'
+    (tmp_path / "a.jsonl").write_text(rows + dropped + '{"text": "20"}\n{"text": "21"}\n')
+    data = DataSet(sources=(Source(str(tmp_path / "a.jsonl"), limit=21),))
+    with pytest.raises(
+        UserError, match=r"a.jsonl:1: the chat template refuses turns of user, user \(roles must .*skip"
+    ):
+        next(encodable_documents(data, "x", strict))
+    skipped: list[str] = []
+    found = encodable_documents(replace(data, on_bad_row="skip"), "x", strict, skipped)
+    assert [document.text for document in found] == [str(i) for i in range(21)]
+    assert len(skipped) == refused + 1 and skipped[-1] == "a.jsonl:24: the chat template drops a 'x' turn"
+    with pytest.raises(UserError, match="t: the chat template refuses turns of user, user .*; leave the row out"):
+        encode(make_document([Turn("user", "a"), Turn("user", "b")], None, "t"), strict, 9)

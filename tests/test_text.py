@@ -73,6 +73,15 @@ def test_messages_keep_their_roles_and_both_chitchat_speakers_are_users(tmp_path
     assert document.turns == (Turn("user", "Hi\nthere"), Turn("user", "yo"))
 
 
+def test_what_stood_around_an_empty_turn_is_one_turn(tmp_path: Path) -> None:
+    """Two turns of one role in a row are no conversation for many chat templates; those of the file stay."""
+    said = [("user", "a"), ("user", "b"), ("assistant", " "), ("user", "c"), ("assistant", ""), ("assistant", "d")]
+    messages = [{"role": role, "content": content} for role, content in [("user", ""), *said, ("user", "\n")]]
+    (tmp_path / "m.jsonl").write_text(json.dumps({"text": messages}))
+    (document,) = read_documents(DataSet(sources=(Source(str(tmp_path / "m.jsonl")),)), "x")
+    assert document.turns == (Turn("user", "a"), Turn("user", "b\n\nc"), Turn("assistant", "d"))
+
+
 @pytest.mark.parametrize(
     "value", [3, {"messages": 3}, {"turns": []}, {"messages": [[{"text": 5}]]}, {"messages": ["hi"]}]
 )
@@ -90,6 +99,8 @@ BAD_LINES = [
     ('{"txt": "x"}', "bad.jsonl:2: no field 'text' (did you mean 'txt'?)"),
     ('{"text": 5}', "bad.jsonl:2: the text is 5"),
     ('{"text": "   "}', "bad.jsonl:2: the text is empty"),
+    ('{"text": "x", "lable": 1}', "bad.jsonl:2: no field 'label' (did you mean 'lable'?); it has text, lable; where"),
+    ('{"text": "x", "label": null}', "bad.jsonl:2: the label 'label' is None"),
     ('{"text": "x", "label": "perhaps"}', "bad.jsonl:2: the label 'label' is 'perhaps'"),
     ('{"text": "x", "label": NaN}', "must be finite"),
     ('["a"]', "bad.jsonl:2: a row must be an object"),
@@ -111,10 +122,55 @@ def test_a_malformed_row_is_named_or_skipped_and_listed(tmp_path: Path, line: st
     assert len(skipped) == 1 and message in skipped[0]
 
 
+def test_a_field_that_no_row_has_is_said_when_all_are_left_out(tmp_path: Path) -> None:
+    """A wider split would not help, which is what is said when rows are there and none is taken."""
+    (tmp_path / "a.jsonl").write_text('{"txt": "x"}\n' * 3)
+    dataset = DataSet((Source(str(tmp_path / "a.jsonl")),), on_bad_row="skip")
+    with pytest.raises(UserError, match=r"every row of .*a.jsonl is malformed \(3\); the first is a.jsonl:1: no field"):
+        list(read_documents(dataset, "x"))
+    named = replace(dataset, sources=(Source(str(tmp_path / "a.jsonl"), text="txt", split=(0.0, 1e-9)),))
+    with pytest.raises(UserError, match="gave nothing under its split"):
+        list(read_documents(named, "x"))
+
+
+def test_a_label_that_a_parquet_file_lacks_is_named_with_those_it_has(tmp_path: Path) -> None:
+    pq.write_table(pa.table({"text": ["x"], "label": [1]}), tmp_path / "a.parquet")
+    source = Source(str(tmp_path / "a.parquet"), label="lable")
+    with pytest.raises(
+        UserError, match=r"no field 'lable' \(did you mean 'label'\?\); it has text, label; .*label: FIELD"
+    ):
+        list(read_documents(DataSet((source,)), "x"))
+
+
 def test_a_csv_row_with_too_few_fields_is_named(tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_text("text,label\nfine,1\nshort\n")
     with pytest.raises(UserError, match="a.csv:3: the row has not as many fields as the header"):
         list(read_documents(DataSet(sources=(Source(str(tmp_path / "a.csv"), label="label"),)), "x"))
+
+
+@pytest.mark.parametrize(
+    ("name", "line", "message"),
+    [
+        ("a.csv", '"he said "no" to me\nand left",1', "a.csv:3: not valid csv .*; a quote inside .* is written twice"),
+        ("a.csv.gz", '"he said "no" to me\nand left",1', "a.csv.gz:3: not valid csv"),
+        ("a.tsv", '"never closed\t1\nx\t0', "a.tsv:5: not valid tsv"),
+    ],
+)
+def test_behind_a_wrong_quote_no_row_is_trusted(tmp_path: Path, name: str, line: str, message: str) -> None:
+    """It stops the run also when bad rows are left out: what follows would be a row of its own, with a label."""
+    separator = "\t" if ".tsv" in name else ","
+    content = f"text{separator}label\nfine{separator}1\n{line}\nlast{separator}0\n".encode()
+    (tmp_path / name).write_bytes(gzip.compress(content) if name.endswith(".gz") else content)
+    data = DataSet((Source(str(tmp_path / name), label="label"),), on_bad_row="skip")
+    with pytest.raises(UserError, match=message):
+        list(read_documents(data, "x"))
+
+
+def test_a_long_field_is_read(tmp_path: Path) -> None:
+    """Longer than 131,072 characters, at which Python's csv stops by itself."""
+    (tmp_path / "a.csv").write_text('text,label\n"' + "word, \n" * 50_000 + '",1\n')
+    (found,) = read_documents(DataSet((Source(str(tmp_path / "a.csv"), label="label"),)), "x")
+    assert len(found.text) == 7 * 50_000 - 2 and found.label == 1
 
 
 def test_files_that_cannot_be_read_are_named(tmp_path: Path) -> None:
@@ -157,11 +213,16 @@ def test_a_file_that_ends_early_is_no_bad_row(tmp_path: Path) -> None:
 def test_missing_and_empty_corpora_are_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no such file; mend the path"):
         resolve(str(tmp_path / "nothing*.jsonl"))
+    with pytest.raises(
+        UserError, match=f"{tmp_path.name} is a folder; name the files in it, .*{tmp_path.name}/\\*.jsonl$"
+    ):
+        resolve(f"{tmp_path}/")
     with pytest.raises(UserError, match="package 'no_such_package' is not installed"):
         resolve("pkg://no_such_package/x.json")
-    (tmp_path / "empty.jsonl").write_text("")
-    with pytest.raises(UserError, match="data.x has no documents"):
-        list(read_documents(DataSet(sources=(Source(str(tmp_path / "empty.jsonl")),)), "x"))
+    for content in ("", "\n \n"):
+        (tmp_path / "empty.jsonl").write_text(content)
+        with pytest.raises(UserError, match=r"data.x has no documents: .*empty.jsonl is empty"):
+            list(read_documents(DataSet(sources=(Source(str(tmp_path / "empty.jsonl")),)), "x"))
     (tmp_path / "a.weird").write_text("x")
     with pytest.raises(UserError, match="set format"):
         list(read_documents(DataSet(sources=(Source(str(tmp_path / "a.weird")),)), "x"))

@@ -41,15 +41,14 @@ from fac_jax.activations.upkeep import look_again
 from fac_jax.activations.writer import StoreWriter
 from fac_jax.backbone.weights import Loaded, load_backbone
 from fac_jax.config.file import Config
-from fac_jax.corpus_files import fingerprints
 from fac_jax.distributed import Process, beat, from_all, wait_for_all
 from fac_jax.errors import UserError
 from fac_jax.mesh import own_mesh
-from fac_jax.packing import PackedBatch, encode_all, pack
+from fac_jax.packing import PackedBatch, encodable_documents, encode_all, pack
 from fac_jax.plain import digest
 from fac_jax.progress import Bar, progress
 from fac_jax.runs import write_text
-from fac_jax.text import Document, count_documents, document_hash, read_documents
+from fac_jax.text import Document, count_documents, document_hash, files_digest
 
 log = logging.getLogger(__name__)
 BATCH_S = 600.0
@@ -107,7 +106,6 @@ def harvest(config: Config, out: Path, inputs: Mapping[str, Path]) -> dict[str, 
 def describe(config: Config, loaded: Loaded, layer: int, writers: int) -> Manifest:
     """The manifest of the store that this config makes of one layer."""
     settings, dataset = config.harvest, config.dataset(config.harvest.data)
-    read = sorted({source.path for source in (*dataset.sources, *dataset.without)})
     rows = {
         "data": dataset,
         "harvest": {**settings.content, "layers": [], "store": None},  # where, and beside which others, changes no row
@@ -129,7 +127,7 @@ def describe(config: Config, loaded: Loaded, layer: int, writers: int) -> Manife
         compression=settings.compression,
         block_rows=rows_per_block(loaded.config.d_model, settings.dtype),
         norm_filter=settings.norm_filter,
-        files_digest=digest([fingerprints(path) for path in read]),
+        files_digest=files_digest(dataset),
     )
 
 
@@ -203,8 +201,8 @@ def _batches(
 ) -> Iterator[PackedBatch]:
     """Packed batches of this writer's documents; `first` counts its own documents only."""
     dataset = config.dataset(config.harvest.data)
-    every = _alive(read_documents(dataset, config.harvest.data, skipped))
-    own = islice(every, index, None, writers)
+    documents = _alive(encodable_documents(dataset, config.harvest.data, loaded.tokenizer, skipped))
+    own = islice(documents, index, None, writers)
     encoded = encode_all(islice(own, first, None), loaded.tokenizer, dataset.max_tokens)
     return pack(encoded, config.backbone.rows_per_batch, config.backbone.row_tokens, first)
 

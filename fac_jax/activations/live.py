@@ -43,10 +43,10 @@ from fac_jax.config.file import Config
 from fac_jax.distributed import beat, from_first, is_first, wait_for_all
 from fac_jax.errors import UserError
 from fac_jax.mesh import own_mesh, starting
-from fac_jax.packing import PackedBatch, encode_all, pack
+from fac_jax.packing import PackedBatch, encodable_documents, encode_all, pack
 from fac_jax.plain import from_plain, to_plain
 from fac_jax.runs import write_text
-from fac_jax.text import Document, read_documents
+from fac_jax.text import Document
 
 log = logging.getLogger(__name__)
 STATISTICS = "live.json"
@@ -257,7 +257,8 @@ class LiveRows:
 
     def _documents(self, want_held_out: bool) -> Iterator[Document]:
         harvest = self._config.harvest
-        for document in read_documents(self._config.dataset(harvest.data), harvest.data, []):
+        dataset = self._config.dataset(harvest.data)
+        for document in encodable_documents(dataset, harvest.data, self.loaded.tokenizer):
             if held_out(document.id, harvest.validation_fraction) == want_held_out:
                 yield document
 

@@ -17,7 +17,8 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Float64, Int64
 
-WORD = re.compile(r"\w+(?:['’]\w+)*|[^\w\s]")
+from fac_jax.words import word
+
 BLEU_ORDERS = 4
 BLEU_EPSILON = 0.1
 """Numerator of a precision without a match (smoothing method 1 of Chen and Cherry 2014, as in NLTK)."""
@@ -49,7 +50,8 @@ class Coded:
 
 def words(text: str) -> list[str]:
     """Lower-case words (with their apostrophes) and single punctuation marks."""
-    return WORD.findall(text.lower())
+    text = text.lower()
+    return re.findall(rf"{word(text)}(?:['’]{word(text)})*|[^\w\s]", text)
 
 
 def coded(sequences: Sequence[Sequence[str]]) -> Coded:

@@ -42,13 +42,13 @@ from fac_jax.config.activations import BackboneConfig
 from fac_jax.config.file import Config
 from fac_jax.errors import UserError
 from fac_jax.mesh import DATA, make_mesh
-from fac_jax.packing import EncodedDocument, PackedBatch, encode, pack
+from fac_jax.packing import EncodedDocument, PackedBatch, encodable_documents, encode, pack
 from fac_jax.plain import to_plain
 from fac_jax.progress import progress
 from fac_jax.runs import write_text
 from fac_jax.sae.checkpoint import LoadedSae, load_sae
 from fac_jax.sae.spliced import WAYS, greedy_answers, token_losses
-from fac_jax.text import USER, make_document, read_documents
+from fac_jax.text import USER, make_document
 
 log = logging.getLogger(__name__)
 PROMPT_TOKENS = 64  # of the sample, at most, if some document has so short a prompt
@@ -111,7 +111,8 @@ def held_out_documents(config: Config, tokenizer: PreTrainedTokenizerFast) -> li
     """The first `splice.documents` documents of `harvest.data` held out of training, encoded as for it."""
     name, fraction = config.harvest.data, config.harvest.validation_fraction
     dataset = config.dataset(name)
-    chosen = (document for document in read_documents(dataset, name, []) if held_out(document.id, fraction))
+    documents = encodable_documents(dataset, name, tokenizer)
+    chosen = (document for document in documents if held_out(document.id, fraction))
     return [encode(document, tokenizer, dataset.max_tokens) for document in islice(chosen, config.splice.documents)]
 
 

@@ -142,12 +142,11 @@ def prepare(config: Config, count: int, folder: Path) -> dict[str, Any]:
     """Write the documents, their token ids and the model as a Hugging Face folder; returns what contenders are told."""
     from fac_jax.backbone.export import export_hf  # these load jax
     from fac_jax.backbone.weights import load_tokenizer
-    from fac_jax.packing import encode_all
-    from fac_jax.text import read_documents
+    from fac_jax.packing import encodable_documents, encode_all
 
     data, source = config.dataset(config.harvest.data), config.backbone.model
-    documents = list(islice(read_documents(data, config.harvest.data), count))
     tokenizer = load_tokenizer(source)
+    documents = list(islice(encodable_documents(data, config.harvest.data, tokenizer), count))
     encoded = list(encode_all(documents, tokenizer, data.max_tokens))
     ids = {"ids": [one.ids.tolist() for one in encoded], "content": [one.content.tolist() for one in encoded]}
     (folder / "ids.json").write_text(json.dumps(ids), encoding="utf-8")

@@ -31,10 +31,9 @@ from jaxtyping import Bool
 from fac_jax.backbone.weights import Loaded
 from fac_jax.config.data import DataSet, Source
 from fac_jax.config.file import Config
-from fac_jax.corpus_files import fingerprints
 from fac_jax.distributed import Process, beat, is_first, wait_for_all
 from fac_jax.errors import Unfinished, UserError
-from fac_jax.packing import PackedBatch, check_fits, encode_all, pack
+from fac_jax.packing import PackedBatch, check_fits, encodable_documents, encode_all, pack
 from fac_jax.plain import digest
 from fac_jax.progress import Bar, progress
 from fac_jax.sae.checkpoint import LoadedSae
@@ -44,7 +43,7 @@ from fac_jax.scan.peaks import Table
 from fac_jax.scan.scorer import dispatched, load_scorer
 from fac_jax.scan.stretch import Stretch
 from fac_jax.scan.units import Share, documents_left, units
-from fac_jax.text import count_documents, read_documents
+from fac_jax.text import count_documents, files_digest
 
 WRITERS = {"kept": "synthesis", "random": "synthesis", "study_texts": "study:texts"}
 """Data sets that a run writes itself, and the stage that writes each."""
@@ -66,7 +65,7 @@ def scan(config: Config, out: Path, inputs: Mapping[str, Path], name: str, peaks
     kept, kept_f = kept_features(peaks, sae.features)
     identity = Identity(
         name, digest(dataset), loaded.digest, sae.layer, sae.digest, sae.features, sae.k,
-        config.scan.acts, config.scan.top_spans, config.scan.span_tokens, kept, _files(dataset),
+        config.scan.acts, config.scan.top_spans, config.scan.span_tokens, kept, files_digest(dataset),
     )  # fmt: skip
     parts.check_identity(out, identity)
     if not (out / "scan.json").exists():
@@ -80,11 +79,6 @@ def scan(config: Config, out: Path, inputs: Mapping[str, Path], name: str, peaks
     if is_first():
         shutil.rmtree(shares_folder(out), ignore_errors=True)
     return json.loads((out / "scan.json").read_text(encoding="utf-8"))["counts"]
-
-
-def _files(dataset: DataSet) -> str:
-    """Stands for what the files of a data set hold: elsewhere, or later, other files may lie at the same paths."""
-    return digest([fingerprints(path) for path in sorted({s.path for s in (*dataset.sources, *dataset.without)})])
 
 
 def _share(config: Config) -> Share:
@@ -150,7 +144,7 @@ def scan_share(
     if dataset is not None:
         name, geometry = identity.name, config.backbone
         check_fits(dataset, name, geometry)
-        documents = read_documents(dataset, name, skipped)
+        documents = encodable_documents(dataset, name, loaded.tokenizer, skipped)
         with progress(f"scan {name}", _left(dataset, state), "documents") as bar:
             for unit, first, held in units(documents, share, state.cursor):
                 encoded = encode_all(held, loaded.tokenizer, dataset.max_tokens)

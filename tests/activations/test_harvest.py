@@ -47,6 +47,7 @@ from fac_jax.mesh import DATA, sharding
 from fac_jax.packing import encode
 from fac_jax.text import document_hash, read_documents
 from tests.activations.tiny_store import contents
+from tests.refused import ALTERNATE, with_refused
 
 WIDTH, WORDS = 8, 50
 TEMPLATE = "{% for m in messages %}<s> {{ m['role'] }} {{ m['content'] }} </s>{% endfor %}"
@@ -415,3 +416,29 @@ def test_malformed_rows_are_counted(config: Config, tmp_path: Path, monkeypatch:
     good = (tmp_path / "corpus.jsonl").read_text()
     broken = with_text(config, tmp_path / "broken.jsonl", good + "{oh\n[]\n", on_bad_row="skip")
     assert run(monkeypatch, broken, tmp_path / "out", FakeBackbone())["malformed_rows"] == 2
+
+
+def test_what_the_chat_template_refuses_is_a_malformed_row(
+    config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The store is that of the other rows, in an interrupted harvest and in one of several processes too."""
+    text, refused = with_refused((tmp_path / "corpus.jsonl").read_text())
+    mixed = with_text(config, tmp_path / "mixed.jsonl", text, on_bad_row="skip")
+    monkeypatch.setitem(globals(), "TEMPLATE", ALTERNATE + TEMPLATE)
+    summary = run(monkeypatch, mixed, tmp_path / "whole", FakeBackbone())
+    assert summary["malformed_rows"] == refused > 40 and summary["documents"] == 300
+    assert stored(tmp_path / "whole") == expected(config)
+    for stop_at in (1, 5, 3):
+        with pytest.raises(KeyboardInterrupt):
+            run(monkeypatch, mixed, tmp_path / "cut", FakeBackbone(stop_at=stop_at, stop_with=KeyboardInterrupt()))
+    assert run(monkeypatch, mixed, tmp_path / "cut", FakeBackbone())["malformed_rows"] == refused
+    assert contents(tmp_path / "cut") == contents(tmp_path / "whole")
+    loaded: Any = FakeBackbone()
+    manifest, path = describe(mixed, loaded, 3, writers=3), layer_path(tmp_path / "shared", 3)
+    create_store(path, manifest)
+    for index in range(3):
+        harvest_documents(mixed, loaded, {path: manifest}, index)
+    totals = complete_store(path, [writer_name(index) for index in range(3)])
+    assert totals.counts["malformed_rows"] == refused and stored(tmp_path / "shared") == expected(config)
+    with pytest.raises(UserError, match="mixed.jsonl:1: the chat template refuses turns of user, user"):
+        run(monkeypatch, with_text(config, tmp_path / "mixed.jsonl", text), tmp_path / "stop", FakeBackbone())

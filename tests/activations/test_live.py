@@ -39,6 +39,7 @@ from tests.activations.test_harvest import FakeBackbone
 from tests.backbone.tiny_backbone import write_gguf
 from tests.gang import command as fac
 from tests.gang import environment, run_gang
+from tests.refused import ALTERNATE, with_refused
 
 BATCH, STREAMS = 24, 4
 Origin = tuple[int, int, int]
@@ -136,6 +137,16 @@ def test_a_batch_is_a_pure_function_of_its_step(config: Config, tmp_path: Path, 
     with closing(LiveRows(replace(config, run=RunConfig(seed=2)), tmp_path / "c")) as live:
         assert not same(live.batch(0), in_order[0])
         assert live.statistics.mean == read_statistics_of(tmp_path / "a")  # of rows, not of their order
+
+
+def test_rows_are_those_of_what_the_chat_template_takes(config: Config, tmp_path: Path, backbone: FakeBackbone) -> None:
+    with closing(LiveRows(config, tmp_path / "a")) as live:
+        expected = [live.batch(step) for step in range(60)]
+    (tmp_path / "mixed.jsonl").write_text(with_refused((tmp_path / "corpus.jsonl").read_text())[0])
+    mixed = DataSet(sources=(Source(path=str(tmp_path / "mixed.jsonl")),), max_tokens=24, on_bad_row="skip")
+    backbone.tokenizer.chat_template = ALTERNATE + str(backbone.tokenizer.chat_template)
+    with closing(LiveRows(replace(config, data={"corpus": mixed}), tmp_path / "b")) as live:
+        assert all(same(live.batch(step), rows) for step, rows in enumerate(expected))
 
 
 def read_statistics_of(folder: Path) -> tuple[float, ...]:

@@ -34,6 +34,7 @@ def grams(sentences: list[list[str]], n: int) -> list[tuple[str, ...]]:
 
 def test_words_are_lower_case_with_punctuation_on_its_own() -> None:
     assert words("Don't stop, O’Neil!\nÉté 3.5") == "don't stop , o’neil ! été 3 . 5".split()
+    assert words("वह दिन था।") == ["वह", "दिन", "था", "।"]
 
 
 def test_by_hand() -> None:

@@ -30,6 +30,7 @@ from fac_jax.scan.product import check_sae, load_scan
 from fac_jax.scan.scan import kept_features, scan
 from fac_jax.scan.scorer import peaks_of
 from fac_jax.text import read_documents
+from tests.refused import ALTERNATE, with_refused
 from tests.word_tokenizer import word_tokenizer
 
 WORDS = ["<pad>", "<user>", "red", "green", "blue", "cat", "dog", "sun", "moon", "sea"]
@@ -382,6 +383,29 @@ def test_bad_rows_are_counted_and_listed(config: Config, tmp_path: Path) -> None
     counts = run(dataclasses.replace(config, data=data), tmp_path / "out2")
     assert counts["skipped_rows"] == 1
     assert "rows.jsonl:61" in json.loads((tmp_path / "out2" / "scan.json").read_text())["skipped"][0]
+
+
+def test_what_the_chat_template_refuses_is_a_bad_row(
+    config: Config, tmp_path: Path, backbone: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Shares number the documents alike: together they are the scan of the other rows."""
+    monkeypatch.setattr(units, "UNIT_DOCUMENTS", 7)
+    monkeypatch.setattr(parts, "UNIT_DOCUMENTS", 7)
+    run(config, tmp_path / "good")
+    text, refused = with_refused((tmp_path / "rows.jsonl").read_text())
+    (tmp_path / "rows.jsonl").write_text(text)
+    monkeypatch.setattr(backbone.tokenizer, "chat_template", ALTERNATE + backbone.tokenizer.chat_template)
+    with pytest.raises(UserError, match="rows.jsonl:1: the chat template refuses turns of user, user"):
+        run(config, tmp_path / "stop")
+    data = {"anchor": dataclasses.replace(config.data["anchor"], on_bad_row="skip")}
+    for share in ("3/3", "1/3"):
+        one = dataclasses.replace(config, data=data, scan=dataclasses.replace(config.scan, share=share))
+        with pytest.raises(Unfinished):
+            run(one, tmp_path / "shared")
+    last = dataclasses.replace(config, data=data, scan=dataclasses.replace(config.scan, share="2/3"))
+    assert run(last, tmp_path / "shared")["skipped_rows"] == refused
+    for name in ("features.parquet", "peaks.parquet"):
+        assert fingerprints(tmp_path / "shared")[name] == fingerprints(tmp_path / "good")[name]
 
 
 def test_what_synthesis_wrote_may_be_empty(config: Config, tmp_path: Path) -> None:
