@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -54,9 +54,11 @@ def read_arms(config: Config, synthesis: Path, kind: Kind) -> Arms:
     found = {
         name: _read(config, data, kind) for name, data in (("seed", settings.train), ("heldout", settings.heldout))
     }
+    # The fields that the config names are those of the data sets: these two files are in a form of our own.
+    unnamed = replace(settings, prompt=None, answer=None, rejected=None)
     for name in ("random", "kept"):
         files = DataSet((Source(str(synthesis / f"{name}.jsonl")),))
-        found[name] = read_examples(files, kind, settings)
+        found[name] = read_examples(files, kind, unnamed)
     seed = found["seed"].examples
     training = {"seed": seed, **{f"seed+{name}": _plus(seed, found[name].examples) for name in ("random", "kept")}}
     heldout = found["heldout"].examples
