@@ -51,6 +51,7 @@ def test_a_task_runs_on_the_quickstarts_model_and_sae_with_labelled_text_of_its_
     assert {source.constant_label for source in anchor.sources} == {0.0, 1.0}
     assert (seed.sources, seed.sample, anchor.sample) == (anchor.sources, 0.1, 1.0)
     assert anchor.sources != base.dataset("anchor").sources
+    assert config.steer.heldout not in {source.path for source in anchor.sources}
 
 
 def test_every_task_has_a_config() -> None:

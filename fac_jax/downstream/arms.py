@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -54,9 +54,11 @@ def read_arms(config: Config, synthesis: Path, kind: Kind) -> Arms:
     found = {
         name: _read(config, data, kind) for name, data in (("seed", settings.train), ("heldout", settings.heldout))
     }
+    # The fields that the config names are those of the data sets: these two files are in a form of our own.
+    unnamed = replace(settings, prompt=None, answer=None, rejected=None)
     for name in ("random", "kept"):
         files = DataSet((Source(str(synthesis / f"{name}.jsonl")),))
-        found[name] = read_examples(files, kind, settings)
+        found[name] = read_examples(files, kind, unnamed)
     seed = found["seed"].examples
     training = {"seed": seed, **{f"seed+{name}": _plus(seed, found[name].examples) for name in ("random", "kept")}}
     heldout = found["heldout"].examples
@@ -134,20 +136,22 @@ def train_arms(
 ) -> dict[str, list[T]]:
     """Adapters of every arm with every seed, saved for peft; what `measure(arm, seed, learned)` says of each.
 
-    Checkpoints go only once all arms are there: a stopped run goes on from them.
+    Checkpoints stay: whatever stops the run before it is done, it goes on from them (`drop_checkpoints`).
     """
     found: dict[str, list[T]] = {}
-    folders = []
     for name, groups in arms.items():
         for seed in config.finetune.seeds:
             folder = out / "arms" / name / f"seed-{seed}"
             learned = tune(tuner, groups, seed, folder)
             save_peft(folder, learned.adapters, learned.head_d, config.finetune.lora, config.backbone.model)
             found.setdefault(name, []).append(measure(name, seed, learned))
-            folders.append(folder)
-    for folder in folders:
-        shutil.rmtree(folder / "checkpoints")
     return found
+
+
+def drop_checkpoints(out: Path) -> None:
+    """Those of `train_arms`, once nothing is left to do that could fail."""
+    for folder in out.glob("arms/*/seed-*/checkpoints"):
+        shutil.rmtree(folder)
 
 
 def _read(config: Config, name: str, kind: Kind) -> Read:

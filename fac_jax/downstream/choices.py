@@ -10,6 +10,7 @@ import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from fac_jax.config.data import Source
 from fac_jax.config.downstream import SteerConfig
 from fac_jax.errors import UserError
 from fac_jax.text import document_hash, read_rows
+from fac_jax.words import words
 
 _CHOICES = re.compile(r"(.*?)\n\s*(?:Choices:\s*\n)?\s*\(A\)\s*(.*?)\n\s*\(B\)\s*(.*?)(?:\n\s*Answer:\s*)?", re.DOTALL)
 _LETTER = re.compile(r"\s*\(?([AB])\)?\s*")
@@ -45,6 +47,11 @@ class Question:
     def swapped(self) -> Question:
         """The same in the other order."""
         return replace(self, choices=self.choices[::-1], matches=1 - self.matches)
+
+    @cached_property
+    def said(self) -> tuple[str, frozenset[str]]:
+        """The words of the question, and of its choices in no order: equal for what a reader calls the same."""
+        return words(self.question), frozenset(map(words, self.choices))
 
 
 @dataclass(frozen=True)
@@ -101,6 +108,19 @@ def question_of(sample: dict[str, Any]) -> Question:
     """A line of kept.jsonl or random.jsonl."""
     choices = (sample["choice_a"], sample["choice_b"])
     return Question(sample["question"], choices, LETTERS.index(sample["matches"]))
+
+
+def check_unseen(samples: Sequence[Question], heldout: Sequence[Question], arm: str, name: str) -> None:
+    """Raise UserError naming a sample that is a held-out question, in whatever spelling and order of the choices."""
+    measured = {one.said for one in heldout}
+    shared = [number for number, one in enumerate(samples, 1) if one.said in measured]
+    if shared:
+        first = f"{arm}.jsonl:{shared[0]}: {samples[shared[0] - 1].question[:80]!r}"
+        raise UserError(
+            f"{len(shared)} samples of arm {arm!r} are held-out questions of {name} (the same words, the choices in "
+            f"either order), the first is {first}; name other questions in steer.heldout, or leave those out of what "
+            "samples are written from (data.NAME.without) and synthesize again"
+        )
 
 
 def ask_all(questions: Sequence[Question], tokenizer: PreTrainedTokenizerFast) -> list[Asked]:

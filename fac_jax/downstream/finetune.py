@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from fac_jax.config.file import Config
+from fac_jax.downstream.arms import drop_checkpoints
 from fac_jax.downstream.classifier import classifier
 from fac_jax.downstream.completions import completions
 from fac_jax.downstream.reward import reward
@@ -26,4 +27,6 @@ TRAINS = {"auprc": classifier, "preference accuracy": reward, "win rate": comple
 
 def finetune(config: Config, out: Path, inputs: Mapping[str, Path]) -> dict[str, Any]:
     """Stage. Raises UserError for data that cannot be trained on, or held-out data that is trained on."""
-    return TRAINS[load_task(config.judge.task).description.metric](config, out, inputs)
+    summary = TRAINS[load_task(config.judge.task).description.metric](config, out, inputs)
+    drop_checkpoints(out)
+    return summary

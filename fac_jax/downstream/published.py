@@ -2,7 +2,7 @@
 
 A row is read by the fields that it has:
 
-    fields named in the config      finetune.prompt, finetune.answer, finetune.rejected
+    fields named in the config      finetune.prompt, finetune.answer, finetune.rejected (data sets only)
     RewardBench                     prompt, chosen, rejected, subset
     HH-RLHF                         chosen, rejected: transcripts, alike up to the last answer
     TRL                             prompt, chosen, rejected: lists of {role, content}; the prompt may stand in both

@@ -7,7 +7,7 @@ x is the residual after `steer.layer` blocks at the answer's letter; which choic
 vector, times a multiplier, is added behind the user's words only: to the rest of the template and what opens the
 answer (the published code adds it everywhere, and reads the letters behind an end-of-turn token). Every question is
 asked in both orders: robust accuracy counts those whose matching choice wins in both, so a model that always answers
-(A) has none. SCR is robust accuracy at 1 less that at -1.
+(A) has none. SCR is robust accuracy at 1 less that at -1. A sample that is a held-out question stops the run.
 
 Arms: vectors of the kept samples, of as many blind ones, and a random direction as long as the first. Reads what
 synthesis wrote, the questions and the whole backbone; writes eval.json, answers.parquet and vectors.safetensors.
@@ -39,7 +39,7 @@ from fac_jax.backbone.generate import padded_size
 from fac_jax.backbone.model import logits, residual
 from fac_jax.backbone.weights import Loaded, load_backbone
 from fac_jax.config.file import Config
-from fac_jax.downstream.choices import Asked, Question, ask_all, read_questions, read_samples
+from fac_jax.downstream.choices import Asked, Question, ask_all, check_unseen, read_questions, read_samples
 from fac_jax.downstream.equal_norm import Behaviour, behaviours_with, equal_norm, of_length
 from fac_jax.downstream.evaluate import spread
 from fac_jax.downstream.pieces import Text, pack_batch
@@ -58,9 +58,11 @@ ANSWERS = pa.schema(
 
 
 def steer(config: Config, out: Path, inputs: Mapping[str, Path]) -> dict[str, Any]:
-    """Stage. Raises UserError where synthesis kept nothing, or the questions are none."""
+    """Stage. Raises UserError where synthesis kept nothing, the questions are none, or a sample is one of them."""
     questions = read_questions(config.steer)
     samples = {arm: read_samples(inputs["synthesis"] / f"{arm}.jsonl") for arm in ("kept", "random")}
+    for arm, some in samples.items():
+        check_unseen(some, questions, arm, str(config.steer.heldout))
     if not samples["kept"]:
         raise UserError(
             f"{inputs['synthesis'] / 'kept.jsonl'} is empty: no sample was kept, so there is nothing to steer by"

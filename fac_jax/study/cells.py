@@ -171,7 +171,9 @@ def _training(library: Library, cell: Cell) -> Examples:
 def _adapter_key(library: Library, cell: Cell, training: Examples) -> str:
     """Of all that decides what the adapters of a cell learn and score."""
     settings = replace(adapter_settings(library.config, len(training.ids)), seeds=())
-    documents = [training.ids, training.positive_n.tolist(), library.heldout.ids]
+    # Not the ids, which are of the text before max_tokens cuts it.
+    tokens = [[ids_t.tobytes().hex() for ids_t in some.tokens] for some in (training, library.heldout)]
+    documents = [tokens, training.positive_n.tolist()]
     return digest([settings, cell.seed, documents, library.model, library.config.backbone.dtype])
 
 

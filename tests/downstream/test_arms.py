@@ -142,6 +142,33 @@ def test_an_empty_synthesis_adds_nothing_and_an_empty_set_is_an_error(tmp_path: 
         read_arms(Written(tmp_path, "pair", heldout=[]).config(), tmp_path, "pair")
 
 
+@pytest.mark.parametrize("group", ["kept", "random"])
+@pytest.mark.parametrize(
+    ("kind", "named", "seed", "sample"),
+    [
+        (
+            "pair",
+            {"prompt": "text", "answer": "chosen", "rejected": "rejected"},
+            {"text": "Why?", "chosen": "so", "rejected": "no"},
+            {"text": "Human: Now?\n\nAssistant: yes", "prompt": [{"role": "user", "content": "Now?"}],
+             "chosen": "yes", "rejected": "no"},
+        ),
+        (
+            "instruction", {"answer": "answer"}, {"answer": "so"},
+            {"text": "Now?", "instruction": "Now?", "answer": "yes"},
+        ),
+    ],
+)  # fmt: skip
+def test_fields_of_the_data_sets_are_not_looked_for_in_what_synthesis_wrote(
+    tmp_path: Path, kind: Kind, named: dict[str, str], seed: dict[str, Any], sample: dict[str, Any], group: str
+) -> None:
+    heldout = [{name: f"{value} not" for name, value in seed.items()}]
+    written = Written(tmp_path, kind, seed=[seed], heldout=heldout, **{"kept": [], "random": [], group: [sample]})
+    first, second = read_arms(written.config(**named), tmp_path, kind).training[f"seed+{group}"]
+    assert first.asked == ("why" if kind == "pair" else "") and first.answers[0] == "so"
+    assert second.asked == "now" and second.answers[0] == "yes"
+
+
 def test_an_instruction_to_answer_is_not_trained_on_either(tmp_path: Path) -> None:
     written = Written(tmp_path, "instruction", asked=[{"prompt": "Do number 30"}, {"prompt": "do number 7"}])
     config = written.config(outputs_for="asked")

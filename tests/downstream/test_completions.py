@@ -23,6 +23,8 @@ from fac_jax.config.file import Config
 from fac_jax.config.llm import LlmConfig
 from fac_jax.config.machine import MeshConfig
 from fac_jax.downstream import arms as module
+from fac_jax.downstream import completions as completions_module
+from fac_jax.downstream import tune as tune_module
 from fac_jax.downstream.arms import COMPARED
 from fac_jax.downstream.lora import adapters, merged
 from fac_jax.downstream.tune import tune
@@ -157,6 +159,32 @@ def test_with_a_server_the_arms_answers_are_compared(experiment: Experiment) -> 
         assert pq.read_table(experiment.out / "judgements.parquet").num_rows == 9
         experiment.run()
         assert len(server.bodies) == asked, "what was answered is not asked again"
+
+
+@pytest.mark.parametrize("experiment", ["1x1"], indirect=True)
+def test_a_judge_that_does_not_answer_costs_no_training(
+    experiment: Experiment, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def down(*arguments: Any) -> Any:
+        raise UserError("no answer from llm.url")
+
+    def training(*arguments: Any) -> Any:
+        raise AssertionError("a step is taken again")
+
+    with FakeServer() as server:
+        llm = LlmConfig(url=server.url, local_batch=2)
+        run = dataclasses.replace(experiment.config.run, dir=str(experiment.folder / "run"))
+        experiment.config = dataclasses.replace(experiment.config, llm=llm, run=run)
+        with monkeypatch.context() as patched, pytest.raises(UserError, match="no answer from llm.url"):
+            patched.setattr(completions_module, "compare_outputs", down)
+            experiment.run(epochs=1)
+        before = {file: file.read_bytes() for file in experiment.out.rglob("metrics.jsonl")}
+        assert len(before) == 6
+        monkeypatch.setattr(tune_module, "total_weight", training)
+        experiment.run()
+    assert [(one["arm"], one["other"]) for one in experiment.evaluation()["local_pairwise_judge"]] == list(COMPARED)
+    assert {file: file.read_bytes() for file in experiment.out.rglob("metrics.jsonl")} == before
+    assert not list(experiment.out.rglob("checkpoints")), "what is done goes on from nothing"
 
 
 @pytest.mark.parametrize("experiment", ["1x1"], indirect=True)

@@ -246,6 +246,24 @@ def test_vectors_of_several_behaviours_get_one_norm(stage: tuple[Config, Path, d
     assert evaluation["arms"]["kept"]["probability"]["0"] == plain["arms"]["kept"]["probability"]["0"]
 
 
+@pytest.mark.parametrize("arm", ["kept", "random"])
+@pytest.mark.parametrize("swapped", [False, True])
+def test_a_held_out_question_is_no_sample(arm: str, swapped: bool, stage: tuple[Config, Path, dict[str, Path]]) -> None:
+    """In whatever spelling and order of the choices; the same question with other choices is another one."""
+    config, out, inputs = stage
+    a, b = question(22).choices[:: -1 if swapped else 1]
+    leak = {"question": f"{question(22).question.upper()}!", "choice_a": f"{a}.", "choice_b": b, "matches": "A"}
+    file = inputs["synthesis"] / f"{arm}.jsonl"
+    before = file.read_text()
+    file.write_text(before + json.dumps({**leak, "choice_b": "perhaps"}) + "\n")
+    steer(config, out, inputs)
+    file.write_text(before + json.dumps(leak) + "\n")
+    place = len(before.splitlines()) + 1
+    wanted = rf"1 samples of arm '{arm}' are held-out questions of .*heldout.json .*{arm}.jsonl:{place}: 'QUESTION 22, "
+    with pytest.raises(UserError, match=wanted):
+        steer(config, out, inputs)
+
+
 vectors_of_any_length = hypothesis.strategies.lists(
     hypothesis.strategies.tuples(hypothesis.strategies.integers(0, 99), hypothesis.strategies.floats(-4, 4)), min_size=1
 )

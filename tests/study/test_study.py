@@ -194,19 +194,25 @@ def test_a_stopped_study_goes_on_behind_what_is_there(world: World, monkeypatch:
     assert world.run("parts") == whole and len(calls) == 20
 
 
-def test_adapters_are_trained_where_they_are_asked_for(world: World, monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+@pytest.fixture
+def made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """One for each time that adapters began to be trained, those of a tiny backbone."""
     write_model(tmp_path / "model", vocab_size=max(260, len(WORDS)))
     loaded = load_backbone(str(tmp_path / "model"), None, "float32", make_mesh(MeshConfig(data=1, feature=1)))
-    lora = {"lora_budgets": (0, 6), "lora_steps": 3, "lora_batch": 4, "lora_learning_rate": 1e-2}
     geometry = BackboneConfig(rows_per_batch=2, row_tokens=128)
-    made: list[int] = []
+    found: list[int] = []
 
     def tuner(config: Config, settings: FinetuneConfig, model: str) -> Any:
-        made.append(1)
+        found.append(1)
         assert settings.batch == 4 and model == "model-1"
         return make_tuner(loaded, "classifier", settings, geometry)
 
     monkeypatch.setattr(cells_module, "open_tuner", tuner)
+    return found
+
+
+def test_adapters_are_trained_where_they_are_asked_for(world: World, made: list[int]):
+    lora = {"lora_budgets": (0, 6), "lora_steps": 3, "lora_batch": 4, "lora_learning_rate": 1e-2}
     product = world.run(**lora)
     there = {(line["arm"], line["budget"]) for line in product["cells"] if line["auprc_lora"] is not None}
     assert there == {("seed", 0), *((arm, 6) for arm in STUDY.arms)}
@@ -218,6 +224,22 @@ def test_adapters_are_trained_where_they_are_asked_for(world: World, monkeypatch
     assert len(made) == 1, "adapters that are there serve another study"
     world.run("slower", **{**lora, "lora_budgets": (0,), "lora_learning_rate": 1e-3})
     assert len(made) == 2 and len(list(adapters.iterdir())) == 9
+
+
+@pytest.mark.parametrize("name", ["seed", "heldout"])
+def test_adapters_are_trained_again_where_documents_are_cut_elsewhere(name: str, world: World, made: list[int]):
+    lora = {"lora_budgets": (0,), "lora_steps": 3, "lora_batch": 4, "lora_learning_rate": 1e-2}
+    world.run(**lora)
+    shorter = replace(world.config.dataset(name), max_tokens=8)
+    world.config = replace(world.config, data={**world.config.data, name: shorter})
+    whole, cut = world.inputs[f"scan:{name}"], world.folder / "scans" / "shorter"
+    cut.mkdir()
+    scan(world.config, cut, {"sae": world.inputs["sae"]}, name)
+    world.inputs[f"scan:{name}"] = cut
+    before, after = (pq.read_table(folder / "documents.parquet") for folder in (whole, cut))
+    assert before["id"] == after["id"] and before["token_ids"] != after["token_ids"]
+    world.run("shorter", **lora)
+    assert len(made) == len(list((world.folder / "study" / "adapters").iterdir())) == 2
 
 
 def test_adapters_take_about_as_many_steps_whatever_there_is_to_learn_from():
