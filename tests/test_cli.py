@@ -13,7 +13,7 @@ import pytest
 
 from fac_jax import cli
 from fac_jax.cli import entry, verbs
-from fac_jax.config.file import Config
+from fac_jax.config.file import Config, load_config
 
 ROOT = Path(__file__).parent.parent
 QUICKSTART = str(ROOT / "configs/quickstart.yaml")
@@ -167,6 +167,7 @@ def test_doctor_finds_what_to_mend(capsys: pytest.CaptureFixture[str], tmp_path:
         ("--backbone.model ./models/none", "mend model: ./models/none: no such model; give a hub id"),
         ("--data.seed.sample 1e-9", "mend data.seed: data.seed has no documents: pkg://"),
         ("--data.heldout.sources.0.text nothing", "mend data.heldout: "),
+        ("--finetune.heldout held", "mend data: finetune.heldout: no data set is called 'held' under data: (did you"),
     ],
 )
 def test_doctor_says_what_a_run_would_trip_over(
@@ -176,6 +177,23 @@ def test_doctor_says_what_a_run_would_trip_over(
     assert status == 1 and "1 of the checks" in err
     assert said in out
     assert not (tmp_path / "run").exists(), "a doctor looks"
+
+
+def test_an_empty_config_is_not_well_and_a_machine_without_one_is(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    (tmp_path / "empty.yaml").write_text("")
+    model = ("--backbone.model", load_config(QUICKSTART).backbone.model)
+    status, out, _ = run(capsys, "doctor", str(tmp_path / "empty.yaml"), *model)
+    assert status == 1 and "mend data: harvest.data: no data set is called" in out
+    status, out, _ = run(capsys, "doctor", *model)
+    assert status == 0 and "data:" not in out
+
+
+def test_a_run_that_its_config_dooms_does_not_begin(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    status, _, err = run(capsys, "run", QUICKSTART, "--run.dir", str(tmp_path / "run"), "--finetune.heldout", "held")
+    assert status == 1 and "finetune.heldout: no data set is called 'held'" in err
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_reader_that_leaves_early_is_no_error() -> None:

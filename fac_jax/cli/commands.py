@@ -24,8 +24,9 @@ from fac_jax.runs import Record, Run, Stage, write_text
 
 def run(config: Config, verb: str, options: dict[str, str]) -> None:
     """All stages in order, then the summary."""
-    from fac_jax.pipeline import pipeline, run_stages
+    from fac_jax.pipeline import check_data, pipeline, run_stages
 
+    check_data(config)
     stages = pipeline(config)
     if "dry-run" in options:
         _dry_run(config, list(stages))
@@ -277,7 +278,7 @@ def doctor(config: Config, verb: str, options: dict[str, str]) -> None:
     from fac_jax.doctor import checks
 
     failed = 0
-    for name, ok, finding in checks(config):
+    for name, ok, finding in checks(config, "config" in options):
         failed += not ok
         Console(soft_wrap=True, highlight=False).print(f"{'[green]ok[/]  ' if ok else '[red]mend[/]'} {name}: ", end="")
         print(finding)

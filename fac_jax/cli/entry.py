@@ -126,7 +126,8 @@ def _dispatch(arguments: list[str]) -> int:
     start(config.mesh)
     if not is_first():
         logging.getLogger().setLevel(logging.WARNING)
-    verb.function(config, name, options | ({"action": action} if action else {}))
+    said = {"action": action, "config": path}
+    verb.function(config, name, options | {key: word for key, word in said.items() if word is not None})
     return 0
 
 
