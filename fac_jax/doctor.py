@@ -1,6 +1,7 @@
 """What this machine offers, and whether a config can run on it: `fac doctor [CONFIG]`.
 
-Asks everything that a run would trip over later: devices, mesh, model and corpus files, room on the disk, the server.
+Asks everything that a run would trip over later: devices, mesh, model, data sets and labels, corpus files, room on the
+disk, the server.
 """
 
 from __future__ import annotations

@@ -126,6 +126,18 @@ def pipeline(config: Config) -> dict[str, Stage]:
     return {stage.name: stage for stage in stages}
 
 
+def report_stage(config: Config, run: Run, stages: Mapping[str, Stage]) -> Stage:
+    """The report on the run directory as it is: made from what is done, and it says what is outdated."""
+    whole = stages["report"]
+    states = {name: run.state(stages[name], stages) for name in whole.inputs}
+    done = tuple(name for name, (state, _) in states.items() if state == "done")
+    outdated = {name: record.digest for name, (state, record) in states.items() if state == "outdated" and record}
+    if not outdated:
+        return replace(whole, inputs=done)
+    made_of = partial(_report_settings, config, outdated)
+    return replace(whole, inputs=done, made_of=made_of, function=partial(report, outdated=tuple(outdated)))
+
+
 def check_data(config: Config) -> list[str]:
     """Names of the data sets that `fac run` reads. Raises UserError for one that the config lacks, or whose labels it
     lacks, which the run would come to only after hours: the settings say it, and no file is read."""
@@ -336,10 +348,11 @@ def _selection_inputs(config: Config) -> tuple[str, ...]:
     return (f"scan:{config.select.source or config.coverage.anchor}", *features[config.select.target])
 
 
-def _report_settings(config: Config) -> dict[str, Any]:
-    """Ablations of whatever config are shown, so all that the run directory holds count."""
+def _report_settings(config: Config, outdated: Mapping[str, str] | None = None) -> dict[str, Any]:
+    """Ablations of whatever config are shown, so all that the run directory holds count; so do outdated products."""
     folders = sorted((Path(config.run.dir) / "ablations").glob("*"))
-    return {"ablations": {one.name: record.digest for one in folders if (record := read_record(one))}}
+    settings = {"ablations": {one.name: record.digest for one in folders if (record := read_record(one))}}
+    return {**settings, "outdated": outdated} if outdated else settings
 
 
 def data_fingerprint(config: Config, name: str) -> dict[str, Any]:

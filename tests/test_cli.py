@@ -3,17 +3,25 @@
 from __future__ import annotations
 
 import errno
+import io
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from fac_jax import cli
 from fac_jax.cli import entry, verbs
+from fac_jax.config.activations import HarvestConfig
 from fac_jax.config.file import Config, load_config
+from fac_jax.pipeline import pipeline
+from fac_jax.runs import RECORD, Run, read_record
+from tests.report.sample_run import write_run
 
 ROOT = Path(__file__).parent.parent
 QUICKSTART = str(ROOT / "configs/quickstart.yaml")
@@ -113,6 +121,85 @@ def test_on_bad_row_reaches_every_data_set_and_is_checked(capsys: pytest.Capture
 def test_status_of_an_untouched_run_says_what_to_call(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     status, out, _ = run(capsys, "status", QUICKSTART, "--run.dir", str(tmp_path))
     assert status == 0 and "absent" in out and "fac harvest" in out
+
+
+@pytest.fixture(scope="module")
+def whole_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A made-up run up to its selection, its records those that the stages would have left."""
+    folder = tmp_path_factory.mktemp("made") / "run"
+    config = replace(write_run(folder, upto="selection"), harvest=HarvestConfig(data="chat"))
+    for name in ("kept", "random"):
+        (folder / f"synthesis/{name}.jsonl").touch()
+    stages = pipeline(config)
+    with Run(config) as made:
+        for stage in stages.values():
+            if record := read_record(made.folder(stage)):
+                (made.folder(stage) / RECORD).unlink()
+                summary = record.summary
+                made.execute(replace(stage, function=lambda *_, summary=summary: summary), stages)
+    return folder
+
+
+def states(out: str) -> dict[str, str]:
+    """What `fac status` says of each stage."""
+    return dict(re.findall(r"^(\S+) +(done|outdated|absent|on request)\b", out, re.MULTILINE))
+
+
+def test_status_says_what_has_changed_and_what_is_on_request(
+    capsys: pytest.CaptureFixture[str], whole_run: Path
+) -> None:
+    config = str(whole_run / "config.yaml")
+    status, out, _ = run(capsys, "status", config)
+    found = states(out)
+    assert status == 0 and "next: fac scan CONFIG --data heldout (fac run CONFIG makes" in out
+    assert {found.pop(name) for name in ("scan:heldout", "finetune", "report")} == {"absent"}
+    assert {found.pop(f"diversity:{name}") for name in ("kept", "random")} == {"on request"}
+    assert set(found.values()) == {"done"}
+    _, out, _ = run(capsys, "status", config, "--coverage.threshold", "16", "--data.seed.sample", "0.2")
+    for line in (
+        "coverage: coverage.threshold was 1, is 16",
+        "scan:seed: data.settings.sample was 0.1, is 0.2",
+        "scan:kept: of its inputs synthesis is outdated",
+        "next: fac scan CONFIG --data seed (fac run CONFIG makes",
+    ):
+        assert line in out, out
+    assert "relevance: " not in out
+    _, out, _ = run(capsys, "status", config, "--data.seed.sources.1.path", "gone.json")
+    assert states(out)["scan:seed"] == "outdated" and "scan:seed: gone.json: no such file" in out
+
+
+def test_a_rows_line_of_status_has_room_in_80_columns(whole_run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    written = io.StringIO()
+    monkeypatch.setattr(sys, "stdout", written)
+    monkeypatch.setattr(written, "isatty", lambda: True, raising=False)
+    monkeypatch.setenv("COLUMNS", "80")
+    assert cli.main(["status", str(whole_run / "config.yaml")]) == 0
+    (row,) = (line for line in written.getvalue().splitlines() if "scan:anchor" in line)
+    assert row.split() == ["scan:anchor", "done", *row.split()[2:5], "scans/anchor"] and len(row) <= 80
+
+
+def test_a_report_is_up_to_date_until_something_changes_and_names_what_is_outdated(
+    capsys: pytest.CaptureFixture[str], whole_run: Path, tmp_path: Path
+) -> None:
+    folder = shutil.copytree(whole_run, tmp_path / "run")
+    this = (str(whole_run / "config.yaml"), "--run.dir", str(folder))
+    status, out, _ = run(capsys, "report", *this)
+    assert status == 0 and "Outdated" not in out
+    _, out, _ = run(capsys, "status", *this)
+    assert states(out)["report"] == "done"
+    status, out, _ = run(capsys, "report", *this, "--coverage.threshold", "16")
+    said = "Outdated, made with other settings or inputs than the config has now: coverage, synthesis,"
+    assert status == 0 and " ".join(out.split()).startswith(said)
+    page = (folder / "report/index.html").read_text()
+    assert page.count(said) == 1 and page.index(said) < page.index("<h1>")
+    _, out, _ = run(capsys, "status", *this)
+    assert states(out)["report"] == "outdated" and "report: it was made of other products than are there now" in out
+
+
+def test_nothing_to_report_on_is_said_and_no_folder_is_made(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    status, _, err = run(capsys, "report", QUICKSTART, "--run.dir", str(tmp_path / "typo"))
+    assert status == 1 and "typo holds no finished stage to report on" in err
+    assert not (tmp_path / "typo").exists()
 
 
 @pytest.mark.parametrize(

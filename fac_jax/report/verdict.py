@@ -36,6 +36,16 @@ def headline(view: RunView) -> str:
     return f"The seed set misses {row['missing_features']} of {row['anchor_features']} {view.task} features"
 
 
+def notice(view: RunView) -> str | None:
+    """What is shown though the config has changed since it was made; None where nothing is."""
+    if not view.outdated:
+        return None
+    return (
+        f"Outdated, made with other settings or inputs than the config has now: {', '.join(view.outdated)}. "
+        "`fac status CONFIG` says what changed."
+    )
+
+
 def verdict(view: RunView) -> list[str]:
     """The findings, one sentence each; those whose stage has not run are left out."""
     return [sentence for sentence in (_gap(view), _gain(view), _classifier(view)) if sentence]
