@@ -196,6 +196,16 @@ def test_a_report_is_up_to_date_until_something_changes_and_names_what_is_outdat
     assert states(out)["report"] == "outdated" and "report: it was made of other products than are there now" in out
 
 
+@pytest.mark.parametrize(
+    "command", [("plan", QUICKSTART, "--topology", "h100:2"), ("samples", "show", QUICKSTART, "f1-s1-0")], ids=" ".join
+)
+def test_an_outcome_that_could_not_be_written_is_not_worked_for(
+    command: tuple[str, ...], capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    status, out, err = run(capsys, *command, "--out", str(tmp_path / "none" / "it.json"))
+    assert status == 1 and "error: --out is" in err and "there is no folder" in err and not out
+
+
 def test_nothing_to_report_on_is_said_and_no_folder_is_made(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     status, _, err = run(capsys, "report", QUICKSTART, "--run.dir", str(tmp_path / "typo"))
     assert status == 1 and "typo holds no finished stage to report on" in err

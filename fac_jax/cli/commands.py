@@ -15,6 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from fac_jax.cli.options import EXPORT
+from fac_jax.config.checks import check_output
 from fac_jax.config.file import Config
 from fac_jax.distributed import is_first
 from fac_jax.errors import UserError
@@ -172,6 +173,8 @@ def samples(config: Config, verb: str, options: dict[str, str]) -> None:
     if options["action"] == "list":
         console.print(listing(run_dir, config, unsafe))
         return
+    if "out" in options:
+        check_output("--out", options["out"])
     story, harmful = read_story(run_dir, config, options["sample"])
     console.print(printed(story, harmful and not unsafe))
     if "out" in options:
