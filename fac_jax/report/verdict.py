@@ -135,10 +135,21 @@ def _gap(view: RunView) -> str | None:
     )
 
 
+def nothing_to_write_for(view: RunView) -> str:
+    """Why no feature is missing."""
+    if view.coverage is not None and not view.coverage["chosen"]["anchor_features"]:
+        return (
+            "The anchor activates no relevant feature at this threshold, so there was nothing to write samples for."
+        )
+    return "No feature is missing, so there was nothing to write samples for."
+
+
 def _gain(view: RunView) -> str | None:
     before, random, kept = (view.after(name) for name in ARMS[:3])
     if not (before and random and kept):
         return None
+    if not view.kept and not view.missing:
+        return nothing_to_write_for(view)
     if not view.kept:
         return f"No generation passed the filter, so coverage stays at {percent(before['fac'])}."
     if kept["fac"] == before["fac"]:
