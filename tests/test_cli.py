@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import io
 import os
+import pty
 import re
 import shutil
 import signal
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
@@ -18,6 +20,7 @@ import pytest
 from fac_jax import cli
 from fac_jax.cli import entry, verbs
 from fac_jax.config.activations import HarvestConfig
+from fac_jax.config.data import DataSet, Source
 from fac_jax.config.file import Config, load_config
 from fac_jax.pipeline import pipeline
 from fac_jax.runs import RECORD, Run, read_record
@@ -61,6 +64,40 @@ def test_every_verb_documents_every_field_of_its_sections(verb: str, capsys: pyt
             if value == {}:  # named in the YAML file, as data sets are
                 continue
             assert f"--{section}.{field.replace('_', '-')}" in out, f"{section}.{field} is not documented"
+
+
+def test_help_names_the_settings_of_a_data_set(capsys: pytest.CaptureFixture[str]) -> None:
+    _, out, _ = run(capsys, "run", "--help")
+    for name, kind in (("data.NAME", DataSet), ("data.NAME.sources.0", Source)):
+        for field in fields(kind):
+            if field.name not in ("sources", "without"):
+                assert f"--{name}.{field.name.replace('_', '-')}" in out
+    assert "data.NAME.without lists sources too" in " ".join(out.split())
+    assert "data.NAME" not in run(capsys, "run", QUICKSTART, "--help")[1], "it names its own"
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("help train", "usage: fac train CONFIG"),
+        ("train help", "usage: fac train CONFIG"),
+        ("store info --help", "usage: fac store info PATH"),
+        ("scan merge a --help", "usage: fac scan merge INTO"),
+        ("samples --help", "usage: fac samples list|show CONFIG"),
+        ("samples show --help", "usage: fac samples show CONFIG SAMPLE"),
+        ("help sidecar", "usage: fac sidecar start|status|stop CONFIG"),
+    ],
+)
+def test_help_comes_however_it_is_asked_for(words: str, said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    status, out, _ = run(capsys, *words.split())
+    assert status == 0 and out.startswith(said)
+
+
+def test_what_comes_before_the_verb_and_a_mistyped_help_are_told(capsys: pytest.CaptureFixture[str]) -> None:
+    status, _, err = run(capsys, "--run.dir", "x", "run", QUICKSTART)
+    assert status == 2 and "the verb comes first: fac VERB CONFIG" in err
+    status, _, err = run(capsys, "hlep")
+    assert status == 2 and "did you mean 'help'?" in err and "comes first" not in err
 
 
 def test_finetune_says_what_a_task_without_its_data_lacks(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
@@ -293,14 +330,32 @@ def test_a_run_that_its_config_dooms_does_not_begin(capsys: pytest.CaptureFixtur
     assert not (tmp_path / "run").exists()
 
 
-def test_a_reader_that_leaves_early_is_no_error() -> None:
-    """As `fac scan --help | head -1` does."""
+@pytest.mark.parametrize("command", [("scan", "--help"), ("status", QUICKSTART)], ids=lambda command: command[0])
+def test_a_reader_that_leaves_early_is_no_error(command: tuple[str, ...], tmp_path: Path) -> None:
+    """As `fac scan --help | head -1` does; rich, which prints the table of `fac status`, would end with an error."""
     reading, writing = os.pipe()
     os.close(reading)
-    command = [sys.executable, "-m", "fac_jax.cli", "scan", "--help"]
+    program = [sys.executable, "-m", "fac_jax.cli", *command]
     for buffered in ({"PYTHONUNBUFFERED": "1"}, {}):
         done = subprocess.run(
-            command, stdout=writing, stderr=subprocess.PIPE, text=True, env=os.environ | buffered, check=False
+            program, stdout=writing, stderr=subprocess.PIPE, text=True, env=os.environ | buffered, check=False
         )
         assert "Traceback" not in done.stderr and "Broken pipe" not in done.stderr, done.stderr
+        assert done.returncode == 0
     os.close(writing)
+
+
+@pytest.mark.parametrize(("no_color", "coloured"), [("", True), ("1", False)])
+def test_no_color_is_heeded_by_help(no_color: str, coloured: bool) -> None:
+    """On a terminal; a pseudo one here."""
+    ours, theirs = pty.openpty()
+    environment = {**os.environ, "NO_COLOR": no_color, "TERM": "xterm"}
+    command = [sys.executable, "-m", "fac_jax.cli", "judge", "--help"]
+    with subprocess.Popen(command, stdout=theirs, env=environment):
+        os.close(theirs)
+        shown = b""
+        with contextlib.suppress(OSError):  # the other end closed
+            while part := os.read(ours, 65536):
+                shown += part
+    os.close(ours)
+    assert b"--judge.task" in shown.replace(b"\x1b[0m", b"") and (b"\x1b[" in shown) == coloured
