@@ -331,15 +331,14 @@ def test_a_run_that_its_config_dooms_does_not_begin(capsys: pytest.CaptureFixtur
 
 
 @pytest.mark.parametrize("command", [("scan", "--help"), ("status", QUICKSTART)], ids=lambda command: command[0])
-def test_a_reader_that_leaves_early_is_no_error(command: tuple[str, ...], tmp_path: Path) -> None:
+def test_a_reader_that_leaves_early_is_no_error(command: tuple[str, ...]) -> None:
     """As `fac scan --help | head -1` does; rich, which prints the table of `fac status`, would end with an error."""
     reading, writing = os.pipe()
     os.close(reading)
     program = [sys.executable, "-m", "fac_jax.cli", *command]
-    for buffered in ({"PYTHONUNBUFFERED": "1"}, {}):
-        done = subprocess.run(
-            program, stdout=writing, stderr=subprocess.PIPE, text=True, env=os.environ | buffered, check=False
-        )
+    for unbuffered in ("1", ""):
+        environment = {**os.environ, "PYTHONUNBUFFERED": unbuffered}
+        done = subprocess.run(program, stdout=writing, stderr=subprocess.PIPE, text=True, env=environment, check=False)
         assert "Traceback" not in done.stderr and "Broken pipe" not in done.stderr, done.stderr
         assert done.returncode == 0
     os.close(writing)

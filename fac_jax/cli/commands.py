@@ -211,7 +211,7 @@ def status(config: Config, verb: str, options: dict[str, str]) -> None:
     for name in ("stage", "state", "made", "seconds"):
         table.add_column(name, justify="right" if name == "seconds" else "left", no_wrap=True)
     table.add_column("product")  # gives way where the terminal is narrow
-    changed, waiting, on_request = [], [], []
+    changed, waiting, on_request = list[str](), list[Stage](), list[Stage]()
     for stage in stages.values():
         state, record = run.state(stage, stages)
         if record and state == "outdated":
@@ -230,8 +230,8 @@ def status(config: Config, verb: str, options: dict[str, str]) -> None:
     if waiting:
         print(f"next: {waiting[0].command} (fac run CONFIG makes all but what is on request)")
     if on_request:
-        verbs = dict.fromkeys(stage.verb.split()[0] for stage in on_request)
-        print(f"on request: {', '.join(f'fac {verb} CONFIG' for verb in verbs)}")
+        commands = dict.fromkeys(f"fac {stage.verb.split()[0]} CONFIG" for stage in on_request)
+        print(f"on request: {', '.join(commands)}")
 
 
 def convert(config: Config, verb: str, options: dict[str, str]) -> None:

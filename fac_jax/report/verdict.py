@@ -138,9 +138,7 @@ def _gap(view: RunView) -> str | None:
 def nothing_to_write_for(view: RunView) -> str:
     """Why no feature is missing."""
     if view.coverage is not None and not view.coverage["chosen"]["anchor_features"]:
-        return (
-            "The anchor activates no relevant feature at this threshold, so there was nothing to write samples for."
-        )
+        return "The anchor activates no relevant feature at this threshold, so there was nothing to write samples for."
     return "No feature is missing, so there was nothing to write samples for."
 
 
