@@ -1,6 +1,7 @@
 """What this machine offers, and whether a config can run on it: `fac doctor [CONFIG]`.
 
-Asks everything that a run would trip over later: devices, mesh, model and corpus files, room on the disk, the server.
+Asks everything that a run would trip over later: devices, mesh, model, data sets and labels, corpus files, room on the
+disk, the server.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from fac_jax.corpus_files import resolve
 from fac_jax.errors import UserError
 from fac_jax.llm.http import HttpGenerator
 from fac_jax.mesh import make_mesh
-from fac_jax.pipeline import scanned
+from fac_jax.pipeline import check_data, scanned
 from fac_jax.runs import versions
 from fac_jax.text import read_documents
 
@@ -31,13 +32,15 @@ NO_SERVER = (
 LEAST_FREE_BYTES = 2**30  # the quickstart's run directory takes about half of it
 
 
-def checks(config: Config) -> Iterator[tuple[str, bool, str]]:
-    """(name, whether it is well, what was found or what to do), one at a time as they are made."""
+def checks(config: Config, named: bool = True) -> Iterator[tuple[str, bool, str]]:
+    """(name, whether it is well, what was found or what to do), one at a time as they are made. `named`: whether
+    somebody named a config; without one there is a machine to look at, and no run."""
     yield "versions", True, ", ".join(f"{name} {version}" for name, version in versions().items())
     yield "devices", True, f"{jax.device_count()} x {jax.devices()[0].device_kind} ({jax.default_backend()})"
     yield from _check("mesh", partial(_mesh, config))
-    if config.data:
+    if named:
         yield from _check("model", partial(_model, config))
+        yield from _check("data", partial(_sets, config))
     for name in config.data:
         yield from _check(f"data.{name}", partial(_data, config, name))
     yield from _check("disk", partial(_disk, config))
@@ -65,6 +68,10 @@ def _model(config: Config) -> str:
     has.check_layer(max(layers), source)
     read = ", ".join(map(str, sorted({*layers})))
     return f"{source}: width {has.d_model:,}, {has.n_layers} layers; read at {read}"
+
+
+def _sets(config: Config) -> str:
+    return f"a run reads {', '.join(check_data(config))}"
 
 
 def _data(config: Config, name: str) -> str:

@@ -31,8 +31,9 @@ from fac_jax.diversity.measure import diversity, models, reference
 from fac_jax.downstream.equal_norm import behaviour_of
 from fac_jax.downstream.finetune import finetune
 from fac_jax.downstream.steering import steer
+from fac_jax.errors import UserError
 from fac_jax.features.explain import explain, generation_features
-from fac_jax.features.judge import judge
+from fac_jax.features.judge import A_SERVER, judge
 from fac_jax.features.scores.prompts import shared_digest
 from fac_jax.features.task import load_task
 from fac_jax.plain import digest, to_plain
@@ -123,6 +124,41 @@ def pipeline(config: Config) -> dict[str, Stage]:
     shown = partial(_report_settings, config)
     stages.append(Stage("report", "report", "report", report, shown, tuple(stage.name for stage in stages)))
     return {stage.name: stage for stage in stages}
+
+
+def report_stage(config: Config, run: Run, stages: Mapping[str, Stage]) -> Stage:
+    """The report on the run directory as it is: made from what is done, and it says what is outdated."""
+    whole = stages["report"]
+    states = {name: run.state(stages[name], stages) for name in whole.inputs}
+    done = tuple(name for name, (state, _) in states.items() if state == "done")
+    outdated = {name: record.digest for name, (state, record) in states.items() if state == "outdated" and record}
+    if not outdated:
+        return replace(whole, inputs=done)
+    made_of = partial(_report_settings, config, outdated)
+    return replace(whole, inputs=done, made_of=made_of, function=partial(report, outdated=tuple(outdated)))
+
+
+def check_data(config: Config) -> list[str]:
+    """Names of the data sets that `fac run` reads. Raises UserError for one that the config lacks, or whose labels it
+    lacks, which the run would come to only after hours: the settings say it, and no file is read."""
+    named = {"harvest.data": config.harvest.data} if config.scan.sae is None and config.train.store is None else {}
+    named |= {"coverage.anchor": config.coverage.anchor, "coverage.seed": config.coverage.seed}
+    if _finetune_inputs(config) is not None:
+        sets = ("heldout",) if trains_classifier(config) else ("train", "heldout", "outputs_for")
+        named |= {f"finetune.{each}": name for each in sets if (name := getattr(config.finetune, each)) is not None}
+    for setting, name in named.items():
+        try:
+            config.dataset(name)
+        except UserError as error:
+            raise UserError(f"{setting}: {error}") from None
+    anchor = config.data[config.coverage.anchor]
+    labelled = any(source.label is not None or source.constant_label is not None for source in anchor.sources)
+    if config.method_of(config.judge) == "embedded" and not labelled:
+        raise UserError(
+            f"judge needs labels: no source of data.{config.coverage.anchor} has any; set its label or constant_label, "
+            f"or {A_SERVER}"
+        )
+    return list(dict.fromkeys([*named.values(), *scanned(config)]))
 
 
 def trains_classifier(config: Config) -> bool:
@@ -314,10 +350,11 @@ def _selection_inputs(config: Config) -> tuple[str, ...]:
     return (f"scan:{config.select.source or config.coverage.anchor}", *features[config.select.target])
 
 
-def _report_settings(config: Config) -> dict[str, Any]:
-    """Ablations of whatever config are shown, so all that the run directory holds count."""
+def _report_settings(config: Config, outdated: Mapping[str, str] | None = None) -> dict[str, Any]:
+    """Ablations of whatever config are shown, so all that the run directory holds count; so do outdated products."""
     folders = sorted((Path(config.run.dir) / "ablations").glob("*"))
-    return {"ablations": {one.name: record.digest for one in folders if (record := read_record(one))}}
+    settings = {"ablations": {one.name: record.digest for one in folders if (record := read_record(one))}}
+    return {**settings, "outdated": outdated} if outdated else settings
 
 
 def data_fingerprint(config: Config, name: str) -> dict[str, Any]:

@@ -2,18 +2,29 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
+import io
 import os
+import pty
+import re
+import shutil
 import signal
 import subprocess
 import sys
+from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
 
 from fac_jax import cli
 from fac_jax.cli import entry, verbs
-from fac_jax.config.file import Config
+from fac_jax.config.activations import HarvestConfig
+from fac_jax.config.data import DataSet, Source
+from fac_jax.config.file import Config, load_config
+from fac_jax.pipeline import pipeline
+from fac_jax.runs import RECORD, Run, read_record
+from tests.report.sample_run import write_run
 
 ROOT = Path(__file__).parent.parent
 QUICKSTART = str(ROOT / "configs/quickstart.yaml")
@@ -53,6 +64,40 @@ def test_every_verb_documents_every_field_of_its_sections(verb: str, capsys: pyt
             if value == {}:  # named in the YAML file, as data sets are
                 continue
             assert f"--{section}.{field.replace('_', '-')}" in out, f"{section}.{field} is not documented"
+
+
+def test_help_names_the_settings_of_a_data_set(capsys: pytest.CaptureFixture[str]) -> None:
+    _, out, _ = run(capsys, "run", "--help")
+    for name, kind in (("data.NAME", DataSet), ("data.NAME.sources.0", Source)):
+        for field in fields(kind):
+            if field.name not in ("sources", "without"):
+                assert f"--{name}.{field.name.replace('_', '-')}" in out
+    assert "data.NAME.without lists sources too" in " ".join(out.split())
+    assert "data.NAME" not in run(capsys, "run", QUICKSTART, "--help")[1], "it names its own"
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("help train", "usage: fac train CONFIG"),
+        ("train help", "usage: fac train CONFIG"),
+        ("store info --help", "usage: fac store info PATH"),
+        ("scan merge a --help", "usage: fac scan merge INTO"),
+        ("samples --help", "usage: fac samples list|show CONFIG"),
+        ("samples show --help", "usage: fac samples show CONFIG SAMPLE"),
+        ("help sidecar", "usage: fac sidecar start|status|stop CONFIG"),
+    ],
+)
+def test_help_comes_however_it_is_asked_for(words: str, said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    status, out, _ = run(capsys, *words.split())
+    assert status == 0 and out.startswith(said)
+
+
+def test_what_comes_before_the_verb_and_a_mistyped_help_are_told(capsys: pytest.CaptureFixture[str]) -> None:
+    status, _, err = run(capsys, "--run.dir", "x", "run", QUICKSTART)
+    assert status == 2 and "the verb comes first: fac VERB CONFIG" in err
+    status, _, err = run(capsys, "hlep")
+    assert status == 2 and "did you mean 'help'?" in err and "comes first" not in err
 
 
 def test_finetune_says_what_a_task_without_its_data_lacks(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
@@ -115,6 +160,95 @@ def test_status_of_an_untouched_run_says_what_to_call(capsys: pytest.CaptureFixt
     assert status == 0 and "absent" in out and "fac harvest" in out
 
 
+@pytest.fixture(scope="module")
+def whole_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A made-up run up to its selection, its records those that the stages would have left."""
+    folder = tmp_path_factory.mktemp("made") / "run"
+    config = replace(write_run(folder, upto="selection"), harvest=HarvestConfig(data="chat"))
+    for name in ("kept", "random"):
+        (folder / f"synthesis/{name}.jsonl").touch()
+    stages = pipeline(config)
+    with Run(config) as made:
+        for stage in stages.values():
+            if record := read_record(made.folder(stage)):
+                (made.folder(stage) / RECORD).unlink()
+                summary = record.summary
+                made.execute(replace(stage, function=lambda *_, summary=summary: summary), stages)
+    return folder
+
+
+def states(out: str) -> dict[str, str]:
+    """What `fac status` says of each stage."""
+    return dict(re.findall(r"^(\S+) +(done|outdated|absent|on request)\b", out, re.MULTILINE))
+
+
+def test_status_says_what_has_changed_and_what_is_on_request(
+    capsys: pytest.CaptureFixture[str], whole_run: Path
+) -> None:
+    config = str(whole_run / "config.yaml")
+    status, out, _ = run(capsys, "status", config)
+    found = states(out)
+    assert status == 0 and "next: fac scan CONFIG --data heldout (fac run CONFIG makes" in out
+    assert {found.pop(name) for name in ("scan:heldout", "finetune", "report")} == {"absent"}
+    assert {found.pop(f"diversity:{name}") for name in ("kept", "random")} == {"on request"}
+    assert set(found.values()) == {"done"}
+    _, out, _ = run(capsys, "status", config, "--coverage.threshold", "16", "--data.seed.sample", "0.2")
+    for line in (
+        "coverage: coverage.threshold was 1, is 16",
+        "scan:seed: data.settings.sample was 0.1, is 0.2",
+        "scan:kept: of its inputs synthesis is outdated",
+        "next: fac scan CONFIG --data seed (fac run CONFIG makes",
+    ):
+        assert line in out, out
+    assert "relevance: " not in out
+    _, out, _ = run(capsys, "status", config, "--data.seed.sources.1.path", "gone.json")
+    assert states(out)["scan:seed"] == "outdated" and "scan:seed: gone.json: no such file" in out
+
+
+def test_a_rows_line_of_status_has_room_in_80_columns(whole_run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    written = io.StringIO()
+    monkeypatch.setattr(sys, "stdout", written)
+    monkeypatch.setattr(written, "isatty", lambda: True, raising=False)
+    monkeypatch.setenv("COLUMNS", "80")
+    assert cli.main(["status", str(whole_run / "config.yaml")]) == 0
+    (row,) = (line for line in written.getvalue().splitlines() if "scan:anchor" in line)
+    assert row.split() == ["scan:anchor", "done", *row.split()[2:5], "scans/anchor"] and len(row) <= 80
+
+
+def test_a_report_is_up_to_date_until_something_changes_and_names_what_is_outdated(
+    capsys: pytest.CaptureFixture[str], whole_run: Path, tmp_path: Path
+) -> None:
+    folder = shutil.copytree(whole_run, tmp_path / "run")
+    this = (str(whole_run / "config.yaml"), "--run.dir", str(folder))
+    status, out, _ = run(capsys, "report", *this)
+    assert status == 0 and "Outdated" not in out
+    _, out, _ = run(capsys, "status", *this)
+    assert states(out)["report"] == "done"
+    status, out, _ = run(capsys, "report", *this, "--coverage.threshold", "16")
+    said = "Outdated, made with other settings or inputs than the config has now: coverage, synthesis,"
+    assert status == 0 and " ".join(out.split()).startswith(said)
+    page = (folder / "report/index.html").read_text()
+    assert page.count(said) == 1 and page.index(said) < page.index("<h1>")
+    _, out, _ = run(capsys, "status", *this)
+    assert states(out)["report"] == "outdated" and "report: it was made of other products than are there now" in out
+
+
+@pytest.mark.parametrize(
+    "command", [("plan", QUICKSTART, "--topology", "h100:2"), ("samples", "show", QUICKSTART, "f1-s1-0")], ids=" ".join
+)
+def test_an_outcome_that_could_not_be_written_is_not_worked_for(
+    command: tuple[str, ...], capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    status, out, err = run(capsys, *command, "--out", str(tmp_path / "none" / "it.json"))
+    assert status == 1 and "error: --out is" in err and "there is no folder" in err and not out
+
+
+def test_nothing_to_report_on_is_said_and_no_folder_is_made(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    status, _, err = run(capsys, "report", QUICKSTART, "--run.dir", str(tmp_path / "typo"))
+    assert status == 1 and "typo holds no finished stage to report on" in err
+    assert not (tmp_path / "typo").exists()
+
+
 @pytest.mark.parametrize(
     ("error", "place"),
     [
@@ -167,6 +301,7 @@ def test_doctor_finds_what_to_mend(capsys: pytest.CaptureFixture[str], tmp_path:
         ("--backbone.model ./models/none", "mend model: ./models/none: no such model; give a hub id"),
         ("--data.seed.sample 1e-9", "mend data.seed: data.seed has no documents: pkg://"),
         ("--data.heldout.sources.0.text nothing", "mend data.heldout: "),
+        ("--finetune.heldout held", "mend data: finetune.heldout: no data set is called 'held' under data: (did you"),
     ],
 )
 def test_doctor_says_what_a_run_would_trip_over(
@@ -178,14 +313,48 @@ def test_doctor_says_what_a_run_would_trip_over(
     assert not (tmp_path / "run").exists(), "a doctor looks"
 
 
-def test_a_reader_that_leaves_early_is_no_error() -> None:
-    """As `fac scan --help | head -1` does."""
+def test_an_empty_config_is_not_well_and_a_machine_without_one_is(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    (tmp_path / "empty.yaml").write_text("")
+    model = ("--backbone.model", load_config(QUICKSTART).backbone.model)
+    status, out, _ = run(capsys, "doctor", str(tmp_path / "empty.yaml"), *model)
+    assert status == 1 and "mend data: harvest.data: no data set is called" in out
+    status, out, _ = run(capsys, "doctor", *model)
+    assert status == 0 and "data:" not in out
+
+
+def test_a_run_that_its_config_dooms_does_not_begin(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    status, _, err = run(capsys, "run", QUICKSTART, "--run.dir", str(tmp_path / "run"), "--finetune.heldout", "held")
+    assert status == 1 and "finetune.heldout: no data set is called 'held'" in err
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("command", [("scan", "--help"), ("status", QUICKSTART)], ids=lambda command: command[0])
+def test_a_reader_that_leaves_early_is_no_error(command: tuple[str, ...]) -> None:
+    """As `fac scan --help | head -1` does; rich, which prints the table of `fac status`, would end with an error."""
     reading, writing = os.pipe()
     os.close(reading)
-    command = [sys.executable, "-m", "fac_jax.cli", "scan", "--help"]
-    for buffered in ({"PYTHONUNBUFFERED": "1"}, {}):
-        done = subprocess.run(
-            command, stdout=writing, stderr=subprocess.PIPE, text=True, env=os.environ | buffered, check=False
-        )
+    program = [sys.executable, "-m", "fac_jax.cli", *command]
+    for unbuffered in ("1", ""):
+        environment = {**os.environ, "PYTHONUNBUFFERED": unbuffered}
+        done = subprocess.run(program, stdout=writing, stderr=subprocess.PIPE, text=True, env=environment, check=False)
         assert "Traceback" not in done.stderr and "Broken pipe" not in done.stderr, done.stderr
+        assert done.returncode == 0
     os.close(writing)
+
+
+@pytest.mark.parametrize(("no_color", "coloured"), [("", True), ("1", False)])
+def test_no_color_is_heeded_by_help(no_color: str, coloured: bool) -> None:
+    """On a terminal; a pseudo one here."""
+    ours, theirs = pty.openpty()
+    environment = {**os.environ, "NO_COLOR": no_color, "TERM": "xterm"}
+    command = [sys.executable, "-m", "fac_jax.cli", "judge", "--help"]
+    with subprocess.Popen(command, stdout=theirs, env=environment):
+        os.close(theirs)
+        shown = b""
+        with contextlib.suppress(OSError):  # the other end closed
+            while part := os.read(ours, 65536):
+                shown += part
+    os.close(ours)
+    assert b"--judge.task" in shown.replace(b"\x1b[0m", b"") and (b"\x1b[" in shown) == coloured

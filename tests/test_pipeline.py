@@ -15,8 +15,9 @@ import pytest
 
 from fac_jax.config.data import Source
 from fac_jax.config.downstream import StudyConfig
-from fac_jax.config.file import load_config
-from fac_jax.pipeline import data_fingerprint, pipeline
+from fac_jax.config.file import Config, load_config
+from fac_jax.errors import UserError
+from fac_jax.pipeline import check_data, data_fingerprint, pipeline
 from fac_jax.plain import digest
 from fac_jax.runs import RECORD, Record, Stage, read_record
 from tests.gang import keeping_programs
@@ -89,6 +90,28 @@ def test_live_training_needs_no_store() -> None:
     assert settings(dtype="float16")["sae"] != settings()["sae"]
     deeper = pipeline(replace(live, backbone=replace(live.backbone, layer=3)))["sae"]
     assert digest(deeper.settings) != settings()["sae"]
+
+
+def test_the_sets_and_labels_that_a_run_comes_to_late_are_asked_for_at_once() -> None:
+    config = load_config(ROOT / "configs/quickstart.yaml")
+    assert check_data(config) == ["chat", "anchor", "seed", "heldout"]
+
+    def without(name: str) -> Config:
+        return replace(config, data={key: data for key, data in config.data.items() if key != name})
+
+    for name, setting in (("chat", "harvest.data"), ("seed", "coverage.seed"), ("heldout", "finetune.heldout")):
+        with pytest.raises(UserError, match=f"{setting}: no data set is called '{name}' under data:"):
+            check_data(without(name))
+    for given in ({"train": replace(config.train, store="there")}, {"scan": replace(config.scan, sae="there")}):
+        assert check_data(replace(without("chat"), **given)) == ["anchor", "seed", "heldout"]  # type: ignore[arg-type]
+    rewards = load_config(ROOT / "configs/tasks/helpfulness.yaml")
+    with pytest.raises(UserError, match="finetune.train: no data set is called 'pears' under data:"):
+        check_data(replace(rewards, finetune=replace(rewards.finetune, train="pears")))
+
+    published = load_config(ROOT / "configs/llama31_8b_l16.yaml")
+    with pytest.raises(UserError, match="judge needs labels: no source of data.anchor has any"):
+        check_data(published)
+    assert check_data(replace(published, llm=replace(published.llm, url="http://a/v1")))
 
 
 def test_who_answers_changes_only_what_asks(tmp_path: Path) -> None:

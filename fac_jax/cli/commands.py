@@ -5,7 +5,6 @@ What a stage needs is imported inside the functions, so that help and config err
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import sys
 import typing
@@ -13,8 +12,10 @@ from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from fac_jax.cli.options import EXPORT
+from fac_jax.config.checks import check_output
 from fac_jax.config.file import Config
 from fac_jax.distributed import is_first
 from fac_jax.errors import UserError
@@ -24,8 +25,9 @@ from fac_jax.runs import Record, Run, Stage, write_text
 
 def run(config: Config, verb: str, options: dict[str, str]) -> None:
     """All stages in order, then the summary."""
-    from fac_jax.pipeline import pipeline, run_stages
+    from fac_jax.pipeline import check_data, pipeline, run_stages
 
+    check_data(config)
     stages = pipeline(config)
     if "dry-run" in options:
         _dry_run(config, list(stages))
@@ -39,20 +41,24 @@ def run(config: Config, verb: str, options: dict[str, str]) -> None:
 def report(config: Config, verb: str, options: dict[str, str]) -> None:
     """The report on whatever is there."""
     from fac_jax.pipeline import pipeline
+    from fac_jax.report.products import read_records
 
+    if not read_records(Path(config.run.dir)):
+        raise UserError(
+            f"run.dir {config.run.dir} holds no finished stage to report on: name another --run.dir, or make them with "
+            "`fac run CONFIG`"
+        )
     with Run(config) as run:
         _write_report(run, pipeline(config), options)
 
 
 def _write_report(run: Run, stages: dict[str, Stage], options: dict[str, str]) -> None:
     """The page, which names the commands for stages that are not done; the findings, and where the page is."""
-    from fac_jax.pipeline import run_stages
+    from fac_jax.pipeline import report_stage, run_stages
     from fac_jax.report.terminal import summary
 
-    done = {name for name, stage in stages.items() if run.state(stage, stages)[0] == "done"}
-    inputs = tuple(name for name in stages["report"].inputs if name in done)
-    run_stages(run, stages | {"report": dataclasses.replace(stages["report"], inputs=inputs)}, ["report"])
-    Console().print(summary(run.dir, unsafe="show-unsafe" in options))
+    ((_, record),) = run_stages(run, stages | {"report": report_stage(run.config, run, stages)}, ["report"])
+    Console().print(summary(run.dir, record.summary.get("outdated", ()), unsafe="show-unsafe" in options))
     print(f"report: {(run.dir / 'report' / 'index.html').resolve()}")
 
 
@@ -167,6 +173,8 @@ def samples(config: Config, verb: str, options: dict[str, str]) -> None:
     if options["action"] == "list":
         console.print(listing(run_dir, config, unsafe))
         return
+    if "out" in options:
+        check_output("--out", options["out"])
     story, harmful = read_story(run_dir, config, options["sample"])
     console.print(printed(story, harmful and not unsafe))
     if "out" in options:
@@ -193,19 +201,37 @@ def export(config: Config, verb: str, options: dict[str, str]) -> None:
 
 
 def status(config: Config, verb: str, options: dict[str, str]) -> None:
-    """One line a stage: done, outdated, half made or absent. Products are named from the run directory."""
-    from fac_jax.pipeline import pipeline
+    """A line for each stage, its product named from the run directory; then what has changed, and what to call."""
+    from fac_jax.cli.changes import changes
+    from fac_jax.pipeline import pipeline, report_stage
 
-    stages = pipeline(config)
-    run = Run(config)
-    table = Table("stage", "state", "made", "seconds", "product", "command", box=None)
-    table.columns[3].justify = "right"
+    stages, run = pipeline(config), Run(config)
+    stages["report"] = report_stage(config, run, stages)
+    table = Table(box=None, pad_edge=False)
+    for name in ("stage", "state", "made", "seconds"):
+        table.add_column(name, justify="right" if name == "seconds" else "left", no_wrap=True)
+    table.add_column("product")  # gives way where the terminal is narrow
+    changed, waiting, on_request = list[str](), list[Stage](), list[Stage]()
     for stage in stages.values():
         state, record = run.state(stage, stages)
+        if record and state == "outdated":
+            of_products = "it was made of other products than are there now"
+            why = of_products if stage.name == "report" else changes(run, stage, record, stages)
+            changed.append(f"{stage.name}: {why}")
+        if state != "done":
+            (on_request if stage.on_request else waiting).append(stage)
+        shown = "on request" if state == "absent" and stage.on_request else state
         made, seconds = (record.finished, f"{record.seconds:.1f}") if record else ("", "")
-        table.add_row(stage.name, state, made, seconds, stage.folder, stage.command)
+        table.add_row(stage.name, shown, made, seconds, Text(stage.folder, no_wrap=True, overflow="ellipsis"))
     print(f"run directory: {run.dir}")
     Console(width=None if sys.stdout.isatty() else 120).print(table)
+    for line in changed:
+        print(line)
+    if waiting:
+        print(f"next: {waiting[0].command} (fac run CONFIG makes all but what is on request)")
+    if on_request:
+        commands = dict.fromkeys(f"fac {stage.verb.split()[0]} CONFIG" for stage in on_request)
+        print(f"on request: {', '.join(commands)}")
 
 
 def convert(config: Config, verb: str, options: dict[str, str]) -> None:
@@ -277,7 +303,7 @@ def doctor(config: Config, verb: str, options: dict[str, str]) -> None:
     from fac_jax.doctor import checks
 
     failed = 0
-    for name, ok, finding in checks(config):
+    for name, ok, finding in checks(config, "config" in options):
         failed += not ok
         Console(soft_wrap=True, highlight=False).print(f"{'[green]ok[/]  ' if ok else '[red]mend[/]'} {name}: ", end="")
         print(finding)

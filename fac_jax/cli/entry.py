@@ -22,10 +22,18 @@ from fac_jax import __version__
 from fac_jax.cli import words
 from fac_jax.cli.options import in_full, take_options
 from fac_jax.cli.verbs import OPTIONS, VERBS, Verb
+from fac_jax.config.data import DataSet, Source
 from fac_jax.config.file import Config, load_config
 from fac_jax.distributed import STOPPED, is_first, leave, start
 from fac_jax.errors import Stopped, Unfinished, UserError
 from fac_jax.plain import suggest
+
+EXAMPLE = {"NAME": DataSet(sources=(Source(path="FILE"),))}
+"""What help shows where no config says what its data sets are called."""
+EXAMPLE_NOTE = (
+    "\n\ndata.NAME stands for each data set that CONFIG names, sources.0 for its first source; data.NAME.without lists "
+    "sources too, whose documents are left out."
+)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -44,6 +52,7 @@ def _main(arguments: list[str]) -> int:
         logging.getLogger(noisy).setLevel(logging.WARNING)
     logging.getLogger("huggingface_hub").propagate = False  # it prints what it says itself
     logging.getLogger("orbax").setLevel(logging.CRITICAL)  # what it reports from its threads is raised as well
+    tyro._experimental_options["ansi_codes"] = not os.environ.get("NO_COLOR")  # rich heeds it by itself
     errors = Console(stderr=True, highlight=False, soft_wrap=True)
     try:
         return _dispatch(arguments)
@@ -53,6 +62,10 @@ def _main(arguments: list[str]) -> int:
         return 1
     except BrokenPipeError:
         if not _reader_has_gone():
+            raise
+        return 0
+    except SystemExit as end:
+        if not isinstance(end.__context__, BrokenPipeError):  # rich turns it into an end of its own
             raise
         return 0
     except Unfinished as unfinished:
@@ -89,6 +102,8 @@ def _reader_has_gone() -> bool:
 
 
 def _dispatch(arguments: list[str]) -> int:
+    if arguments[:1] == ["help"] and len(arguments) > 1:
+        arguments = [*arguments[1:], "--help"]
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         _print_usage()
         return 0
@@ -97,18 +112,23 @@ def _dispatch(arguments: list[str]) -> int:
         return 0
     name, *rest = arguments
     if name not in VERBS:
-        print(f"fac has no verb {name!r}{suggest(name, VERBS)}; `fac --help` lists them", file=sys.stderr)
+        first = "; the verb comes first: fac VERB CONFIG [--section.field value ...]" if name.startswith("-") else ""
+        hint = suggest(name, [*VERBS, "help"])
+        print(f"fac has no verb {name!r}{hint}{first}; `fac --help` lists them", file=sys.stderr)
         return 2
     verb = VERBS[name]
+    if rest == ["help"]:
+        rest = ["--help"]
     if (status := words.run(name, rest)) is not None or verb.function is None:
         return status or 0
     action = rest.pop(0) if verb.actions and rest and not rest[0].startswith("-") else None
     if verb.actions and action not in verb.actions and "-h" not in rest and "--help" not in rest:
         what = f"has no {action!r}{suggest(action, verb.actions)}" if action else "needs to know what to do"
-        print(f"fac {name} {what}; usage: fac {name} {'|'.join(verb.actions)} CONFIG", file=sys.stderr)
+        print(f"fac {name} {what}; usage: {_usage(name, verb)}", file=sys.stderr)
         return 2
     if "-h" in rest or "--help" in rest:
-        _parse(name, verb, rest[0] if rest and not rest[0].startswith("-") else None, ["--help"])
+        path = rest[0] if rest and not rest[0].startswith("-") else None
+        _parse(name, verb, path, ["--help"], action=action)
         return 0
     if verb.needs_config and (not rest or rest[0].startswith("-")):
         print(f"usage: fac {name} CONFIG [--section.field value ...]; the YAML file comes first", file=sys.stderr)
@@ -122,11 +142,12 @@ def _dispatch(arguments: list[str]) -> int:
             print(f"usage: fac {name} {action} CONFIG {operand}", file=sys.stderr)
             return 2
         options[word.lower()] = rest.pop(0)
-    config = _parse(name, verb, path, rest, options.pop("on-bad-row", None))
+    config = _parse(name, verb, path, rest, options.pop("on-bad-row", None), action)
     start(config.mesh)
     if not is_first():
         logging.getLogger().setLevel(logging.WARNING)
-    verb.function(config, name, options | ({"action": action} if action else {}))
+    said = {"action": action, "config": path}
+    verb.function(config, name, options | {key: word for key, word in said.items() if word is not None})
     return 0
 
 
@@ -140,10 +161,22 @@ def _print_usage() -> None:
     print("\nBegin with: fac run configs/quickstart.yaml")
 
 
-def _parse(name: str, verb: Verb, path: str | None, flags: list[str], on_bad_row: str | None = None) -> Config:
+def _usage(name: str, verb: Verb, action: str | None = None) -> str:
+    """A verb as it is called, such as `fac samples show CONFIG SAMPLE`."""
+    operand = verb.actions.get(action or "", "").partition(",")[0]
+    what = action if action in verb.actions else "|".join(verb.actions)
+    return " ".join(word for word in ("fac", name, what, "CONFIG", operand) if word)
+
+
+def _parse(
+    name: str, verb: Verb, path: str | None, flags: list[str], on_bad_row: str | None = None, action: str | None = None
+) -> Config:
     """The config file with flags over it. Every flag is taken by every verb, since a product's identity may hang on it;
     the help shows the sections that the verb itself reads."""
     config = load_config(path) if path else Config()
+    note = ""
+    if "--help" in flags and path is None and "data" in verb.sections:
+        config, note = dataclasses.replace(config, data=EXAMPLE), EXAMPLE_NOTE
     if on_bad_row is not None:
         choice: typing.Literal["stop", "skip"] = "skip" if on_bad_row == "skip" else "stop"
         if on_bad_row != choice:
@@ -156,6 +189,6 @@ def _parse(name: str, verb: Verb, path: str | None, flags: list[str], on_bad_row
     view = dataclasses.make_dataclass("Settings", [(section, kinds[section]) for section in sections], frozen=True)
     default = view(*(getattr(config, section) for section in sections))
     options = "".join(f"\n\n--{key} {text}" for key, text in OPTIONS.get(name, {}).items())
-    description = f"{verb.help}.{options}"
-    parsed = tyro.cli(view, prog=f"fac {name} CONFIG", description=description, args=flags, default=default)
+    description = f"{verb.help}.{options}{note}"
+    parsed = tyro.cli(view, prog=_usage(name, verb, action), description=description, args=flags, default=default)
     return dataclasses.replace(config, **{section: getattr(parsed, section) for section in sections})

@@ -37,7 +37,7 @@ STORE_USAGE = """usage: fac store info PATH                what the store (or st
 
 def _store(arguments: list[str]) -> int:
     """Look after activation stores; returns the exit status."""
-    if not arguments or arguments[0] in ("-h", "--help"):
+    if not arguments or "-h" in arguments or "--help" in arguments:
         print(STORE_USAGE)
         return 0 if arguments else 2
     action, *paths = arguments
@@ -70,7 +70,7 @@ same model and SAE; or the shares of one data set that --scan.share made in seve
 
 def _merge_scans(arguments: list[str]) -> int:
     """Scans to one scan; returns the exit status."""
-    if not arguments or arguments[0] in ("-h", "--help"):
+    if not arguments or "-h" in arguments or "--help" in arguments:
         print(MERGE_USAGE)
         return 0 if arguments else 2
     into, *folders = arguments

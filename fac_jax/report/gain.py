@@ -8,7 +8,7 @@ from fac_jax.report.blocks import Section, absent, entry, facts, meter, more, nu
 from fac_jax.report.figures import Interval, interval_figure, number
 from fac_jax.report.markup import Html, join, tag
 from fac_jax.report.products import Kept, Row, RunView
-from fac_jax.report.verdict import ARMS, compare, percent
+from fac_jax.report.verdict import ARMS, compare, nothing_to_write_for, percent
 
 OPEN = 20
 """Samples shown at once."""
@@ -31,7 +31,8 @@ def kept(view: RunView) -> Section:
     if view.synthesis is None:
         return Section("kept", short, "Kept samples", absent("A set of synthetic samples", "fac synthesize CONFIG"))
     if not view.kept:
-        return Section("kept", short, "Kept samples", join(tag("p", NOTHING_KEPT), _funnel(view.synthesis)))
+        why = NOTHING_KEPT if view.missing else nothing_to_write_for(view)
+        return Section("kept", short, "Kept samples", join(tag("p", why), _funnel(view.synthesis)))
     most = max(sample.peak for sample in view.kept)
     entries = [_sample(sample, view.threshold, most, view.harmful) for sample in view.kept[:MOST]]
     left = len(view.kept) - len(entries)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 from base64 import b64encode
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,15 +29,16 @@ from fac_jax.report.steering import steering
 from fac_jax.report.study import study
 from fac_jax.report.sweep import sweep
 from fac_jax.report.tuned import tuned
-from fac_jax.report.verdict import headline, key_numbers, verdict
+from fac_jax.report.verdict import headline, key_numbers, notice, verdict
 from fac_jax.runs import write_text
 
 
-def report(config: Config, out: Path, inputs: Mapping[str, Path]) -> dict[str, Any]:
-    """Stage: write `out`/index.html for the run directory that holds `out`. Reads whatever stages are done."""
-    view = read_view(out.parent, config)
+def report(config: Config, out: Path, inputs: Mapping[str, Path], outdated: Sequence[str] = ()) -> dict[str, Any]:
+    """Stage: write `out`/index.html for the run directory that holds `out`. Reads whatever stages are done; those that
+    are `outdated` are shown as they are, and named."""
+    view = read_view(out.parent, config, outdated)
     write_text(out / "index.html", page(view))
-    return {"page": "index.html", "findings": verdict(view)}
+    return {"page": "index.html", "findings": verdict(view), "outdated": list(outdated)}
 
 
 def page(view: RunView) -> str:
@@ -100,6 +101,7 @@ def _header(view: RunView) -> Html:
     return tag(
         "header",
         tag("p", kicker, class_="kicker"),
+        tag("p", said, class_="notice") if (said := notice(view)) else None,
         tag("h1", headline(view)),
         tag("p", " ".join(verdict(view)) or "No stage with findings has run yet.", class_="verdict"),
         tag("dl", tiles, class_="tiles") if tiles else None,

@@ -127,6 +127,8 @@ class RunView:
     """ablation.json of each ablation by name."""
     ledger: Sequence[Row]
     """What each answer of a server cost; empty when none was asked."""
+    outdated: Sequence[str] = ()
+    """Stages whose product was made from other settings or inputs than the config has now; it is shown as it is."""
 
     @property
     def task(self) -> str:
@@ -155,15 +157,30 @@ class RunView:
         return self.records[stage].summary if stage in self.records else {}
 
 
-def read_view(run_dir: Path, config: Config) -> RunView:
-    """Read what there is. Raises UserError for a file that is there and cannot be read."""
-    scans = {f"scan:{folder.name}": folder for folder in sorted((run_dir / "scans").glob("*"))}
-    diversity = {f"diversity:{folder.name}": folder for folder in sorted((run_dir / "diversity").glob("*"))}
-    ablations = {f"ablation:{folder.name}": folder for folder in sorted((run_dir / "ablations").glob("*"))}
+def read_records(run_dir: Path) -> dict[str, Record]:
+    """Records of the finished stages that a report shows."""
+    records = {name: read_record(folder) for name, folder in _folders(run_dir).items()}
+    return {name: record for name, record in records.items() if record is not None}
+
+
+def _folders(run_dir: Path) -> dict[str, Path]:
+    """Where the product of each stage is, or would be."""
     named = {**{name: run_dir / name for name in STAGES}, "study": run_dir / "study" / "cells"}
-    folders = {**scans, **named, **diversity, **ablations}
-    records = {name: record for name, folder in folders.items() if (record := read_record(folder)) is not None}
-    done = {name: folder for name, folder in folders.items() if name in records}
+    scans, diversity, ablations = (
+        {f"{kind}:{folder.name}": folder for folder in sorted((run_dir / place).glob("*"))}
+        for kind, place in (("scan", "scans"), ("diversity", "diversity"), ("ablation", "ablations"))
+    )
+    return {**scans, **named, **diversity, **ablations}
+
+
+def read_view(run_dir: Path, config: Config, outdated: Sequence[str] = ()) -> RunView:
+    """Read what there is. Raises UserError for a file that is there and cannot be read."""
+    records = read_records(run_dir)
+    done = {name: folder for name, folder in _folders(run_dir).items() if name in records}
+
+    def each(kind: str, file: str) -> dict[str, Row]:
+        return {n.removeprefix(kind): _json(folder / file) for n, folder in done.items() if n.startswith(kind)}
+
     return RunView(
         dir=run_dir,
         config=config,
@@ -172,10 +189,8 @@ def read_view(run_dir: Path, config: Config) -> RunView:
         sae=_json(done["sae"] / "config.json") if "sae" in done else None,
         splice=_json(done["splice"] / "splice.json") if "splice" in done else None,
         sweep=_json(done["sweep"] / "sweep.json") if "sweep" in done else None,
-        diversity={
-            n.removeprefix("diversity:"): _json(f / "diversity.json") for n, f in done.items() if n in diversity
-        },
-        scans={n.removeprefix("scan:"): _json(f / "scan.json") for n, f in done.items() if n.startswith("scan:")},
+        diversity=each("diversity:", "diversity.json"),
+        scans=each("scan:", "scan.json"),
         coverage=_json(done["coverage"] / "coverage.json") if "coverage" in done else None,
         missing=_missing(done, config),
         aurocs=_aurocs(done),
@@ -186,10 +201,11 @@ def read_view(run_dir: Path, config: Config) -> RunView:
         finetune=_trained(done, records, "auprc", "classifier"),
         reward=_trained(done, records, "preference accuracy", "reward"),
         completions=_trained(done, records, "win rate", "completions"),
-        ablations={n.removeprefix("ablation:"): _json(f / "ablation.json") for n, f in done.items() if n in ablations},
+        ablations=each("ablation:", "ablation.json"),
         study=_json(done["study"] / "study.json") if "study" in done else None,
         steering=_json(done["steering"] / "eval.json") if "steering" in done else None,
         ledger=read_ledger(run_dir),
+        outdated=outdated,
     )
 
 

@@ -21,7 +21,7 @@ from fac_jax.report.costs import said
 from fac_jax.report.explanations import agreed, interval, suspects
 from fac_jax.report.markup import visible
 from fac_jax.report.products import TESTS, Missing, RunView, Span, read_view
-from fac_jax.report.verdict import ARMS, headline, percent, verdict
+from fac_jax.report.verdict import ARMS, headline, notice, percent, verdict
 
 SHOWN = 8
 """Missing features listed."""
@@ -40,9 +40,9 @@ SPLICED = {
 """Losses with the autoencoder inside the language model that are shown."""
 
 
-def summary(run_dir: Path, unsafe: bool = False) -> RenderableType:
+def summary(run_dir: Path, outdated: Sequence[str] = (), unsafe: bool = False) -> RenderableType:
     """What `fac run` prints at its end. Raises UserError when `run_dir` holds no run."""
-    return render(read_view(run_dir, load_config(run_dir / "config.yaml")), unsafe)
+    return render(read_view(run_dir, load_config(run_dir / "config.yaml"), outdated), unsafe)
 
 
 def render(view: RunView, unsafe: bool = False) -> RenderableType:
@@ -55,7 +55,8 @@ def render(view: RunView, unsafe: bool = False) -> RenderableType:
         _classifier(view), _reward(view), _instructions(view),
     )  # fmt: skip
     spaced = [part for table in tables if table for part in (Text(), table)]
-    return Group(Text(), Text(headline(view), style="bold"), *sentences, *spaced, Text())
+    first = [Text(outdated, style="yellow")] if (outdated := notice(view)) else []
+    return Group(*first, Text(), Text(headline(view), style="bold"), *sentences, *spaced, Text())
 
 
 def _table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str | Text]]) -> Group:

@@ -36,6 +36,16 @@ def headline(view: RunView) -> str:
     return f"The seed set misses {row['missing_features']} of {row['anchor_features']} {view.task} features"
 
 
+def notice(view: RunView) -> str | None:
+    """What is shown though the config has changed since it was made; None where nothing is."""
+    if not view.outdated:
+        return None
+    return (
+        f"Outdated, made with other settings or inputs than the config has now: {', '.join(view.outdated)}. "
+        "`fac status CONFIG` says what changed."
+    )
+
+
 def verdict(view: RunView) -> list[str]:
     """The findings, one sentence each; those whose stage has not run are left out."""
     return [sentence for sentence in (_gap(view), _gain(view), _classifier(view)) if sentence]
@@ -125,10 +135,19 @@ def _gap(view: RunView) -> str | None:
     )
 
 
+def nothing_to_write_for(view: RunView) -> str:
+    """Why no feature is missing."""
+    if view.coverage is not None and not view.coverage["chosen"]["anchor_features"]:
+        return "The anchor activates no relevant feature at this threshold, so there was nothing to write samples for."
+    return "No feature is missing, so there was nothing to write samples for."
+
+
 def _gain(view: RunView) -> str | None:
     before, random, kept = (view.after(name) for name in ARMS[:3])
     if not (before and random and kept):
         return None
+    if not view.kept and not view.missing:
+        return nothing_to_write_for(view)
     if not view.kept:
         return f"No generation passed the filter, so coverage stays at {percent(before['fac'])}."
     if kept["fac"] == before["fac"]:

@@ -4,7 +4,7 @@
     fac bench activations     harvest, store and stream, beside transformers, files of torch.save and raw arrays
     fac bench scan            a corpus scanned for what activates each feature, beside the published way and delphi
 
-All run on the CPU, print a table, and write JSON to `--out`.
+All run on the CPU, or with `--device gpu` on a GPU, print a table, and write JSON to `--out`.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from typing import Any
 
 import tyro
 
+from fac_jax.config.checks import check_output
 from fac_jax.errors import UserError
 from fac_jax.plain import suggest
 from fac_jax.runs import write_text
@@ -44,6 +45,8 @@ def main(arguments: Sequence[str]) -> int:
     settings, module, measure, print_report = BENCHES[what]
     description = (module.__doc__ or "").partition("\n\n")[2]
     bench: Any = tyro.cli(settings, prog=f"fac bench {what}", description=description, args=flags)
+    if bench.out is not None:
+        check_output("--out", bench.out)
     report = measure(bench)
     print_report(report)
     if bench.out is not None:

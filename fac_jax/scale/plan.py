@@ -15,6 +15,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from fac_jax.config.checks import check_output
 from fac_jax.config.file import Config
 from fac_jax.errors import UserError
 from fac_jax.progress import progress
@@ -30,6 +31,8 @@ def run(config: Config, options: Mapping[str, str]) -> None:
     """The verb: plan, print, and write JSON where `--out` asks for it. Raises UserError where nothing fits."""
     topology = read_topology(options.get("topology", ""), whole(options, "slices") or 1)
     tokens = whole(options, "tokens")
+    if "out" in options:
+        check_output("--out", options["out"])
     budget = tokens or config.train.steps * config.train.batch_rows  # a search may change the batch, not the budget
     prepare(topology)
     if "search" in options:

@@ -295,7 +295,8 @@ def test_arms_at_chance_are_named(view: RunView) -> None:
 def test_nothing_missing_and_nothing_kept_is_a_page_too(tmp_path: Path) -> None:
     config = write_run(tmp_path / "run", features=0)
     words = Reader(page(read_view(tmp_path / "run", config))).text()
-    assert "None: the seed set activates all" in words and "No generation passed the filter" in words
+    assert "None: the seed set activates all" in words and "No generation passed the filter" not in words
+    assert words.count("No feature is missing, so there was nothing to write samples for.") == 2, "verdict and section"
 
 
 def test_many_features_are_folded_and_then_left_to_the_product(tmp_path: Path) -> None:

@@ -66,3 +66,5 @@ def test_undefined_coverage_is_said(view: RunView) -> None:
     coverage["chosen"] |= {"fac": None, "anchor_features": 0, "missing_features": 0}
     assert "covers undefined of these" not in verdict(dataclasses.replace(view, coverage=coverage))[0]
     assert "none of them" in verdict(dataclasses.replace(view, coverage=coverage))[0]
+    undefined = verdict(dataclasses.replace(view, coverage=coverage, missing=[], kept=[]))
+    assert undefined[1].startswith("The anchor activates no relevant feature at this threshold, so there was nothing")
