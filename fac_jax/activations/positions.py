@@ -1,9 +1,11 @@
 """Where in a corpus the windows of live rows begin, and the documents from there on.
 
-Training document i belongs to stream i mod `streams`. A stream's documents are packed by themselves, pass after pass
-over the corpus, and a window is the next so many rows of what comes out. So a window begins `skip` rows into the packed
-batch that begins with a certain document of a certain pass; `positions/PROCESS.jsonl` has a line for each. Nothing here
-needs the backbone: how many rows a packed batch has is known without it.
+Of every `streams` training documents each stream is dealt one, in random order, the same in every pass. (Dealt in turn,
+streams would drift apart where long and short documents alternate, and what waits for the slower ones would fill the
+memory.) A stream's documents are packed by themselves, pass after pass over the corpus, and a window is the next so
+many rows of what comes out. So a window begins `skip` rows into the packed batch that begins with a certain document of
+a certain pass; `positions/PROCESS.jsonl` has a line for each. Nothing here needs the backbone: how many rows a packed
+batch has is known without it.
 """
 
 from __future__ import annotations
@@ -15,6 +17,8 @@ from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
 from typing import NamedTuple
+
+import numpy as np
 
 from fac_jax.activations.store import writer_name
 from fac_jax.distributed import Process
@@ -56,7 +60,10 @@ class Dealer:
     def _deal(self, epoch: int) -> Iterator[None]:
         for number in count(epoch):
             for ordinal, document in enumerate(self._read()):
-                self._give(ordinal % self._streams, number, ordinal // self._streams, document)
+                round_, place = divmod(ordinal, self._streams)
+                if place == 0:
+                    order = np.random.default_rng(round_).permutation(self._streams).tolist()
+                self._give(order[place], number, round_, document)
                 yield
             for index, start in self._starts.items():
                 if number >= start.epoch:

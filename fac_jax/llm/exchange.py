@@ -165,6 +165,8 @@ def read_reply(payload: Any) -> Reply:
     content = message["content"]
     # null is what servers send for withheld or filtered content: an empty text, rejected by the caller by that name
     text = "" if content is None else _field(content, "choices[0].message.content", str)
+    # Half of a UTF-16 pair, where max_tokens cut an emoji, becomes what decoders make of it: no file could hold it.
+    text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
     usage = payload.get("usage") or {}
     _field(usage, "usage", dict)
     counts = [usage.get(key) or 0 for key in ("prompt_tokens", "completion_tokens")]

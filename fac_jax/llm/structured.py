@@ -16,6 +16,8 @@ from typing import Any, NoReturn
 from jsonschema import Draft202012Validator
 from jsonschema.exceptions import best_match
 
+from fac_jax.words import is_text
+
 SHOWN = 200
 """Characters of a value that a message repeats."""
 
@@ -44,6 +46,8 @@ def read_answer(text: str, schema: Mapping[str, Any]) -> Answer:
         return Answer(text, None, f"not JSON: {error}")
     except RecursionError:
         return Answer(text, None, "not JSON: nested too deeply")
+    if not is_text(json.dumps(value, ensure_ascii=False)):  # half of an emoji, where a length was reached
+        return Answer(text, None, "holds half of a UTF-16 pair, which is no character")
     if not isinstance(value, dict):
         return Answer(text, None, f"a JSON {type(value).__name__}, not an object")
     wrong = best_match(_validator(json.dumps(schema)).iter_errors(value))

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import threading
 import time
+from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
@@ -20,6 +21,7 @@ from fac_jax.activations import harvest as harvest_module
 from fac_jax.activations import live as module
 from fac_jax.activations.harvest import harvest, held_out
 from fac_jax.activations.live import LiveRows
+from fac_jax.activations.positions import Dealer, Position
 from fac_jax.activations.reader import StoreReader
 from fac_jax.activations.rows import Rows
 from fac_jax.activations.store import find_store
@@ -34,7 +36,7 @@ from fac_jax.plain import to_plain
 from fac_jax.sae.checkpoint import read_card
 from fac_jax.sae.splice import splice
 from fac_jax.sae.train import sweep, train
-from fac_jax.text import read_documents
+from fac_jax.text import Turn, make_document, read_documents
 from tests.activations.test_harvest import FakeBackbone
 from tests.backbone.tiny_backbone import write_gguf
 from tests.gang import command as fac
@@ -89,9 +91,10 @@ def training_tokens(config: Config) -> list[list[Origin]]:
     dataset, found = config.dataset("corpus"), [list[Origin]() for _ in range(STREAMS)]
     kept = [document for document in read_documents(dataset, "corpus") if not held_out(document.id, 0.2)]
     for ordinal, document in enumerate(kept):
+        place = np.random.default_rng(ordinal // STREAMS).permutation(STREAMS)[ordinal % STREAMS]
         item = encode(document, FakeBackbone().tokenizer, dataset.max_tokens)
         places = np.flatnonzero(item.content)
-        found[ordinal % STREAMS] += [(int(document.id, 16), int(p), int(item.ids[p])) for p in places]
+        found[place] += [(int(document.id, 16), int(p), int(item.ids[p])) for p in places]
     return found
 
 
@@ -117,6 +120,26 @@ def test_a_pass_holds_every_training_token_once(config: Config, tmp_path: Path, 
     for batch in drawn:
         assert [row.tobytes() for row in batch.resid] == [stored[o] for o in origins(batch)]
     assert live.whole_epochs() == 2
+
+
+def test_streams_keep_pace_where_long_and_short_documents_alternate() -> None:
+    """Dealt in turn, 9,200 documents of the stream of short ones' rival waited after 50 of these windows."""
+    lengths = [make_document((Turn("user", f"{i}"),), None, "") for i in range(2000)]
+    dealer = Dealer(lambda: lengths, 2, {0: Position(), 1: Position()})
+
+    def rows(index: int) -> Iterator[int]:
+        while True:
+            for document in dealer.documents(index):
+                yield 20 if int(document.turns[0].content) % 2 else 200
+
+    streams, most = (rows(0), rows(1)), 0
+    for _ in range(200):
+        for stream in streams:
+            got = 0
+            while got < 4096:
+                got += next(stream)
+        most = max(most, *(len(waiting) for waiting in dealer._waiting.values()))
+    assert most < 500
 
 
 def test_a_batch_is_an_equal_share_of_every_stream(config: Config, tmp_path: Path, backbone: FakeBackbone) -> None:

@@ -14,6 +14,7 @@ from fac_jax.llm.client import Reply, Request, Steer
 from fac_jax.llm.exchange import read_reply
 from fac_jax.llm.fake import BROKEN, GARBAGE, GOOD, TRUNCATED, WRONG_SHAPE, Answer, FakeServer, rate_limited
 from fac_jax.llm.http import HttpGenerator
+from fac_jax.llm.structured import read_answer
 
 KEY = "sk-secret-0123456789"
 
@@ -148,6 +149,16 @@ def test_a_retry_after_beyond_the_deadline_ends_at_once():
         with pytest.raises(UserError, match=r"HTTP 429.*next try would be in 3600\.0 s, and \d+\.\d s are left"):
             generator(server).generate(requests(1))
         assert time.monotonic() - began < 2
+
+
+@pytest.mark.parametrize(("sent", "read"), [("smile \ud83d", "smile �"), ("\ud83d\ude00 ok", "😀 ok"), ("é😀", "é😀")])
+def test_half_of_a_pair_never_gets_in(sent: str, read: str):
+    message = {"choices": [{"message": {"content": sent}, "finish_reason": "length"}]}
+    reply = read_reply(json.loads(json.dumps(message)))
+    assert reply.text == read and reply.text.encode()
+    schema = {"type": "object", "properties": {"reason": {"type": "string"}}, "required": ["reason"]}
+    answer = read_answer(json.dumps({"reason": "smile \ud83d"}), schema)
+    assert answer.value is None and answer.error == "holds half of a UTF-16 pair, which is no character"
 
 
 @pytest.mark.parametrize("concurrency", [1, 4, 16])
