@@ -151,9 +151,7 @@ def check_data(config: Config) -> list[str]:
             config.dataset(name)
         except UserError as error:
             raise UserError(f"{setting}: {error}") from None
-    anchor = config.data[config.coverage.anchor]
-    labelled = any(source.label is not None or source.constant_label is not None for source in anchor.sources)
-    if config.method_of(config.judge) == "embedded" and not labelled:
+    if config.method_of(config.judge) == "embedded" and not _labelled(config, config.coverage.anchor):
         raise UserError(
             f"judge needs labels: no source of data.{config.coverage.anchor} has any; set its label or constant_label, "
             f"or {A_SERVER}"
@@ -162,8 +160,16 @@ def check_data(config: Config) -> list[str]:
 
 
 def trains_classifier(config: Config) -> bool:
-    """Whether the task is measured by a classifier. Raises UserError for a task that is none."""
-    return load_task(config.judge.task).description.metric == "auprc"
+    """Whether the task is measured by a classifier, and there are labels to train one. Raises UserError for a task that
+    is none."""
+    by_classifier = load_task(config.judge.task).description.metric == "auprc"
+    return by_classifier and any(_labelled(config, name) for name in (config.coverage.seed, config.coverage.anchor))
+
+
+def _labelled(config: Config, name: str) -> bool:
+    """Whether a source of a data set has labels, by its settings."""
+    sources = config.data[name].sources if name in config.data else ()
+    return any(source.label is not None or source.constant_label is not None for source in sources)
 
 
 def scanned(config: Config) -> list[str]:

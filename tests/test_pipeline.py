@@ -109,9 +109,17 @@ def test_the_sets_and_labels_that_a_run_comes_to_late_are_asked_for_at_once() ->
         check_data(replace(rewards, finetune=replace(rewards.finetune, train="pears")))
 
     published = load_config(ROOT / "configs/llama31_8b_l16.yaml")
+    assert "finetune" not in pipeline(published) and "scan:heldout" not in pipeline(published), "no labels to train on"
     with pytest.raises(UserError, match="judge needs labels: no source of data.anchor has any"):
         check_data(published)
     assert check_data(replace(published, llm=replace(published.llm, url="http://a/v1")))
+
+
+def test_the_config_that_the_readme_shows_is_one(tmp_path: Path) -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8").partition("## Your own data")[2]
+    shown = text.partition("```yaml\n")[2].partition("```")[0]
+    (tmp_path / "my.yaml").write_text(shown.replace("configs/quickstart.yaml", str(ROOT / "configs/quickstart.yaml")))
+    assert check_data(load_config(tmp_path / "my.yaml")) == ["chat", "anchor", "seed", "heldout"]
 
 
 def test_who_answers_changes_only_what_asks(tmp_path: Path) -> None:

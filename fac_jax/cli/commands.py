@@ -64,6 +64,7 @@ def _write_report(run: Run, stages: dict[str, Stage], options: dict[str, str]) -
 
 def stage(config: Config, verb: str, options: dict[str, str]) -> None:
     """The stages that carry the verb's name."""
+    from fac_jax.features.task import load_task
     from fac_jax.pipeline import pipeline, run_stages, scan_stage, scanned
 
     stages = pipeline(config)
@@ -87,6 +88,11 @@ def stage(config: Config, verb: str, options: dict[str, str]) -> None:
             raise UserError(
                 "fac study has nothing to compare: say --study.budgets 25 50 100 200, or take "
                 "configs/science_toxicity.yaml"
+            )
+        if verb == "finetune" and load_task(config.judge.task).description.metric == "auprc":
+            raise UserError(
+                "fac finetune has nothing to train a classifier on: give sources of coverage.seed a label or a "
+                "constant_label"
             )
         if verb == "finetune":
             raise UserError(

@@ -121,7 +121,8 @@ def fit(
                     metrics.append(found)
                 waiting.append((step, metrics, rows))
                 stopping = stop.at(step)
-                save = stopping or (step + 1) % settings.checkpoint_every == 0 or step + 1 == settings.steps
+                due = (step + 1) % settings.checkpoint_every == 0 or step + 1 == settings.steps
+                save = due or stopping
                 while len(waiting) > (0 if save else 1):
                     settled = waiting.popleft()
                     bar.advance(settings.batch_rows, _settle(*settled, members, logs, rows_from))
@@ -129,7 +130,7 @@ def fit(
                     beat(f"step {step}")
                 if save:
                     beat(f"step {step}, at a checkpoint", SLOW_S)
-                    quality = {} if stopping else _check(members, states, held_out_bd, step + 1, mesh, checks)
+                    quality = _check(members, states, held_out_bd, step + 1, mesh, checks) if due else {}
                     save_state(checkpoints, step + 1, states, **quality)
                     beat(f"the checkpoint after step {step}")
                 if stopping and step + 1 < settings.steps:
