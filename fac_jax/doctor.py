@@ -17,10 +17,11 @@ import jax
 from fac_jax.backbone.weights import open_model
 from fac_jax.config.file import Config
 from fac_jax.corpus_files import resolve
+from fac_jax.downstream.classifier import check_held_out
 from fac_jax.errors import UserError
 from fac_jax.llm.http import HttpGenerator
 from fac_jax.mesh import make_mesh
-from fac_jax.pipeline import check_data, scanned
+from fac_jax.pipeline import check_data, scanned, trains_classifier
 from fac_jax.runs import versions
 from fac_jax.text import read_documents
 
@@ -40,9 +41,13 @@ def checks(config: Config, named: bool = True) -> Iterator[tuple[str, bool, str]
     yield from _check("mesh", partial(_mesh, config))
     if named:
         yield from _check("model", partial(_model, config))
-        yield from _check("data", partial(_sets, config))
-    for name in config.data:
-        yield from _check(f"data.{name}", partial(_data, config, name))
+    about_data = [
+        *(_check("data", partial(_sets, config)) if named else ()),
+        *(one for name in config.data for one in _check(f"data.{name}", partial(_data, config, name))),
+    ]
+    yield from about_data
+    if named and all(well for _, well, _ in about_data) and trains_classifier(config):
+        yield from _check("held out", partial(_held_out, config))
     yield from _check("disk", partial(_disk, config))
     if config.llm.url:
         yield from _check("llm", partial(_server, config))
@@ -80,6 +85,12 @@ def _data(config: Config, name: str) -> str:
     if name in (config.harvest.data, *scanned(config)):  # others may hold pairs or answers, in fields of their own
         next(read_documents(dataset, name))
     return f"{len(files)} files, {sum(file.size for file in files) / 2**20:,.2f} MiB"
+
+
+def _held_out(config: Config) -> str:
+    if not check_held_out(config):
+        return "not looked at: a run finds out whether it shares a text with the seed or the anchor"
+    return f"{config.finetune.heldout} has both classes, and no text of the seed or the anchor"
 
 
 def _disk(config: Config) -> str:

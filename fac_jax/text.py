@@ -172,14 +172,16 @@ def files_digest(dataset: DataSet) -> str:
     return digest([fingerprints(path) for path in paths])
 
 
-def count_documents(dataset: DataSet, name: str) -> int | None:
-    """How many `read_documents` gives, for an ETA; None where reading them all for that would take long, or log every
+def is_quickly_read(dataset: DataSet) -> bool:
+    """Whether a data set may be read once more, just to know more of it: that would neither take long nor log every
     malformed row twice."""
-    if dataset.on_bad_row == "skip":
-        return None
-    if sum(file.size for source in dataset.sources for file in resolve(source.path)) > COUNTED_BYTES:
-        return None
-    return sum(1 for _ in read_documents(dataset, name))
+    size = sum(file.size for source in dataset.sources for file in resolve(source.path))
+    return dataset.on_bad_row == "stop" and size <= COUNTED_BYTES
+
+
+def count_documents(dataset: DataSet, name: str) -> int | None:
+    """How many `read_documents` gives, for an ETA; None where it is not quickly read."""
+    return sum(1 for _ in read_documents(dataset, name)) if is_quickly_read(dataset) else None
 
 
 def _checked_document(row: Any, where: str, source: Source, check: Callable[[Document], object] | None) -> Document:

@@ -173,7 +173,7 @@ def whole_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
             if record := read_record(made.folder(stage)):
                 (made.folder(stage) / RECORD).unlink()
                 summary = record.summary
-                made.execute(replace(stage, function=lambda *_, summary=summary: summary), stages)
+                made.execute(replace(stage, function=lambda *_, summary=summary: summary, mends=True), stages)
     return folder
 
 
@@ -302,6 +302,8 @@ def test_doctor_finds_what_to_mend(capsys: pytest.CaptureFixture[str], tmp_path:
         ("--data.seed.sample 1e-9", "mend data.seed: data.seed has no documents: pkg://"),
         ("--data.heldout.sources.0.text nothing", "mend data.heldout: "),
         ("--finetune.heldout held", "mend data: finetune.heldout: no data set is called 'held' under data: (did you"),
+        ("--data.heldout.sources.0.split 0.4 1.0", "are both in training arm 'seed' and in held-out data set 'held"),
+        ("--data.heldout.sources.0.label None", "mend held out: data set 'heldout' has no labelled documents of both"),
     ],
 )
 def test_doctor_says_what_a_run_would_trip_over(
@@ -328,6 +330,10 @@ def test_a_run_that_its_config_dooms_does_not_begin(capsys: pytest.CaptureFixtur
     status, _, err = run(capsys, "run", QUICKSTART, "--run.dir", str(tmp_path / "run"), "--finetune.heldout", "held")
     assert status == 1 and "finetune.heldout: no data set is called 'held'" in err
     assert not (tmp_path / "run").exists()
+    overlapping = ("--run.dir", str(tmp_path / "run"), "--data.heldout.sources.0.split", "0.4", "1.0")
+    status, _, err = run(capsys, "run", QUICKSTART, *overlapping)
+    assert status == 1 and "are both in training arm 'seed' and in held-out data set 'heldout'" in err
+    assert not (tmp_path / "run" / "activations").exists()
 
 
 @pytest.mark.parametrize("command", [("scan", "--help"), ("status", QUICKSTART)], ids=lambda command: command[0])

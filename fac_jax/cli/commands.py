@@ -20,12 +20,13 @@ from fac_jax.config.file import Config
 from fac_jax.distributed import is_first
 from fac_jax.errors import UserError
 from fac_jax.plain import suggest, to_plain
-from fac_jax.runs import Record, Run, Stage, write_text
+from fac_jax.runs import Record, Run, Stage, read_record, write_text
 
 
 def run(config: Config, verb: str, options: dict[str, str]) -> None:
     """All stages in order, then the summary."""
-    from fac_jax.pipeline import check_data, pipeline, run_stages
+    from fac_jax.downstream.classifier import check_held_out
+    from fac_jax.pipeline import check_data, pipeline, run_stages, trains_classifier
 
     check_data(config)
     stages = pipeline(config)
@@ -33,6 +34,8 @@ def run(config: Config, verb: str, options: dict[str, str]) -> None:
         _dry_run(config, list(stages))
         return
     with Run(config) as run:
+        if trains_classifier(config) and read_record(run.folder(stages["finetune"])) is None:
+            check_held_out(config)
         wanted = [name for name, stage in stages.items() if not stage.on_request]
         run_stages(run, stages, [name for name in wanted if name != "report"])
         _write_report(run, stages, options)

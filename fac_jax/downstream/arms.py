@@ -101,7 +101,7 @@ def check_texts_disjoint(
     if shared:
         raise UserError(
             f"{len(shared)} documents of training arm {arm!r} are word for word in held-out data set {name!r}, the "
-            f"first is {shared[0][0]}, there {shared[0][1]}; leave one of the two out"
+            f"first is {shared[0][0]}, there {shared[0][1]}; name the sources of the one under `without` of the other"
         )
 
 

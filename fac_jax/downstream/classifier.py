@@ -39,7 +39,7 @@ from fac_jax.errors import UserError
 from fac_jax.mesh import make_mesh
 from fac_jax.runs import write_text, writing
 from fac_jax.scan.product import Scan, load_scans
-from fac_jax.text import POSITIVE_ABOVE
+from fac_jax.text import POSITIVE_ABOVE, is_quickly_read, read_documents
 
 
 @dataclass(frozen=True)
@@ -81,11 +81,8 @@ def classifier(config: Config, out: Path, inputs: Mapping[str, Path]) -> dict[st
     scans = load_scans(*(inputs[scan] for scan in names.values()))
     examples = {name: labelled(scan) for name, scan in zip(names, scans, strict=True)}
     heldout = examples.pop("heldout")
-    if heldout is None or not heldout.has_both_classes:
-        raise UserError(
-            f"data set {config.finetune.heldout!r} has no labelled documents of both classes, so nothing can be "
-            "measured on it; give its sources a label field or set finetune.heldout"
-        )
+    _check_classes(config.finetune.heldout, set() if heldout is None else set(heldout.positive_n.tolist()))
+    assert heldout is not None
     arms = _arms(examples)
     for name, arm in arms.items():
         check_disjoint(arm.ids, heldout.ids, name, config.finetune.heldout)
@@ -107,6 +104,38 @@ def classifier(config: Config, out: Path, inputs: Mapping[str, Path]) -> dict[st
         "base_rate": evaluation["heldout"]["base_rate"],
         "auprc": {name: row["auprc"]["mean"] for name, row in evaluation["arms"].items() if "auprc" in row},
     }
+
+
+def check_held_out(config: Config) -> bool:
+    """Raise UserError now for what the stage would refuse in the end, of the seed, the anchor and the held-out set.
+
+    Reads them; False, without a look, where one of them is not quickly read.
+    """
+    heldout, *training = config.finetune.heldout, config.coverage.seed, config.coverage.anchor
+    if not all(is_quickly_read(config.dataset(name)) for name in (heldout, *training)):
+        return False
+    measured = _labelled_texts(config, heldout)
+    _check_classes(heldout, {positive for _, positive in measured.values()})
+    for name in training:
+        arm = _labelled_texts(config, name)
+        check_disjoint(list(arm), list(measured), name, heldout)
+        texts = ({one: text for one, (text, _) in found.items()}.items() for found in (arm, measured))
+        check_texts_disjoint(*texts, name, heldout)
+    return True
+
+
+def _labelled_texts(config: Config, name: str) -> dict[str, tuple[str, bool]]:
+    """Text and class of each labelled document of a data set, by id."""
+    documents = read_documents(config.dataset(name), name)
+    return {one.id: (one.text, one.label > POSITIVE_ABOVE) for one in documents if one.label is not None}
+
+
+def _check_classes(heldout: str, classes: set[bool]) -> None:
+    if len(classes) < 2:
+        raise UserError(
+            f"data set {heldout!r} has no labelled documents of both classes, so nothing can be measured on it; give "
+            "its sources a label field or set finetune.heldout"
+        )
 
 
 def _scans(config: Config) -> dict[str, str]:

@@ -233,4 +233,4 @@ def test_search_is_a_flag_without_a_value(config: Config, monkeypatch: pytest.Mo
     path.write_text(to_yaml(config))
     monkeypatch.setattr(plan, "run", lambda config, options: seen.append((config.sae.features, options)))
     assert main(["plan", str(path), "--search", "--topology=v5e:2x2", "--sae.features", "512"]) == 0
-    assert seen == [(512, {"topology": "v5e:2x2", "search": "--search"})]
+    assert seen == [(512, {"topology": "v5e:2x2", "search": "--search", "config": str(path)})]
