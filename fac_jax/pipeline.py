@@ -156,6 +156,11 @@ def check_data(config: Config) -> list[str]:
             f"judge needs labels: no source of data.{config.coverage.anchor} has any; set its label or constant_label, "
             f"or {A_SERVER}"
         )
+    if config.study.budgets and not trains_classifier(config):
+        raise UserError(
+            f"study.budgets are set, and neither data.{config.coverage.seed} nor data.{config.coverage.anchor} has the "
+            "labels of a classifier: set a label or constant_label, or leave the budgets out"
+        )
     return list(dict.fromkeys([*named.values(), *scanned(config)]))
 
 
@@ -384,7 +389,11 @@ def model_fingerprint(source: str) -> str | list[str]:
 
 def external_store(place: str | None) -> list[str] | None:
     """What a store from outside the run says of itself: one digest for each of its layers."""
-    return None if place is None else [digest(read_manifest(store)) for store in stores_at(place)]
+    if place is None:
+        return None
+    manifests = [to_plain(read_manifest(store)) for store in stores_at(place)]
+    # SAEs of stores from before there was such a field stay what they are.
+    return [digest({k: v for k, v in one.items() if v or k != "files_digest"}) for one in manifests]
 
 
 def external_sae(source: str | None) -> list[str] | None:

@@ -99,7 +99,7 @@ def read_record(folder: Path) -> Record | None:
     except FileNotFoundError:
         return None
     except (ValueError, TypeError) as error:
-        raise UserError(f"{path} cannot be read ({error}); delete {folder} to make it again") from None
+        raise UserError(f"{path} cannot be read ({error}); restore it, or delete {folder}") from None
 
 
 class Run:
@@ -258,7 +258,9 @@ class Run:
             os.replace(out, aside)
             log.info("%s: settings or inputs changed; the old product is kept at %s", stage.name, aside)
         elif not stage.mends and any(_files(out)):
-            raise UserError(f"{out} holds files and no {RECORD} that says what they were made from: delete the folder")
+            raise UserError(
+                f"{out} holds files and no {RECORD} that says what they were made from: restore it, or delete {out}"
+            )
         kept = self.dir / SUPERSEDED / f"{stage.folder.replace('/', '-')}-{key}"
         if kept.exists() and not any(_files(out)):
             shutil.rmtree(out, ignore_errors=True)
@@ -287,10 +289,9 @@ class Run:
         for file, size in record.files.items():
             if there.get(file) != size:
                 what = "is missing" if file not in there else f"has {there[file]} bytes instead of {size}"
-                again = f"{folder / RECORD}, and what is damaged" if stage.mends else f"{folder}, and it"
                 raise UserError(
-                    f"{folder / file} {what}: the product of {stage.name} is damaged; restore the file, or delete "
-                    f"{again} is made again"
+                    f"{folder / file} {what}: the product of {stage.name} is damaged; restore the file, or rename "
+                    f"{folder / RECORD} to {PARTIAL}: `{stage.command}` then makes what is missing"
                 )
 
 

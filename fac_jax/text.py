@@ -86,8 +86,8 @@ def read_documents(
     """Documents of a data set in file order, each content once (unless `unique` is false).
 
     A malformed row raises UserError with its file and row, or with `on_bad_row: skip` is logged, appended to `skipped`
-    and left out; so is a row whose document `check` raises UserError for. What is in `without`, word for word, is left
-    out and counted in the log. Raises UserError when nothing is left.
+    and left out; so is a document of the data set that `check` raises UserError for. What is in `without`, word for
+    word, is left out and counted in the log. Raises UserError when nothing is left.
     """
     skipped = [] if skipped is None else skipped
     seen: set[str] = set()
@@ -98,7 +98,7 @@ def read_documents(
     found, rows, left_out, skipped_before = False, 0, 0, len(skipped)
     for source in dataset.sources:
         taken = 0
-        parse = partial(_checked_document, source=source, check=check)
+        parse = partial(_row_document, source=source)
         for document in parsed_rows(source, dataset.on_bad_row, skipped, parse):
             rows += 1
             if source.limit is not None and taken >= source.limit:
@@ -113,6 +113,12 @@ def read_documents(
                 continue
             if dataset.unique:
                 seen.add(document.id)
+            try:
+                if check is not None:
+                    check(document)
+            except UserError as error:
+                _leave_out(error, dataset.on_bad_row, skipped)
+                continue
             found = True
             taken += 1
             yield document
@@ -156,12 +162,7 @@ def parsed_rows(
                     raise row
                 parsed = parse(row, where)
             except UserError as error:
-                if on_bad_row == "stop":
-                    raise UserError(
-                        f"{error}; mend the row, or pass --on-bad-row skip to count, list and leave out such rows"
-                    ) from None
-                skipped.append(str(error))
-                log.warning("left out: %s", error)
+                _leave_out(error, on_bad_row, skipped)
             else:
                 yield parsed
 
@@ -184,11 +185,14 @@ def count_documents(dataset: DataSet, name: str) -> int | None:
     return sum(1 for _ in read_documents(dataset, name)) if is_quickly_read(dataset) else None
 
 
-def _checked_document(row: Any, where: str, source: Source, check: Callable[[Document], object] | None) -> Document:
-    document = _row_document(row, where, source)
-    if check is not None:
-        check(document)
-    return document
+def _leave_out(error: UserError, on_bad_row: str, skipped: list[str]) -> None:
+    """A malformed row stops the run, or is logged, and noted in `skipped`."""
+    if on_bad_row == "stop":
+        raise UserError(
+            f"{error}; mend the row, or pass --on-bad-row skip to count, list and leave out such rows"
+        ) from None
+    skipped.append(str(error))
+    log.warning("left out: %s", error)
 
 
 def _row_document(row: Any, where: str, source: Source) -> Document:

@@ -158,6 +158,27 @@ def test_packing_is_dense_on_conversation_lengths() -> None:
     assert real / computed > 0.9
 
 
+def test_only_documents_of_the_data_set_are_shown_to_the_template(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    """A conversation that another split of the file holds does not stop this one."""
+    strict = PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer)
+    strict.chat_template = ALTERNATE + TEMPLATE
+    rows, refused = with_refused("".join(f'{{"text": "{i}"}}\n' for i in range(40)))
+    (tmp_path / "a.jsonl").write_text(rows)
+    stopped = 0
+    for tenth in range(10):
+        source = Source(path=str(tmp_path / "a.jsonl"), split=(tenth / 10, (tenth + 1) / 10))
+        skipped: list[str] = []
+        whole = list(encodable_documents(DataSet((source,), on_bad_row="skip"), "a", strict, skipped))
+        try:
+            assert list(encodable_documents(DataSet((source,)), "a", strict)) == whole and not skipped
+        except UserError as error:
+            stopped += 1
+            assert "the chat template refuses" in str(error) and skipped
+    assert 0 < stopped <= refused < 10
+
+
 def test_a_document_longer_than_a_row_is_refused(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
     with pytest.raises(UserError, match="40 tokens do not fit a row of 32"):
         list(pack(documents_of([40]), 2, 32))

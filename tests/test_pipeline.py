@@ -13,13 +13,15 @@ from pathlib import Path
 
 import pytest
 
+from fac_jax.activations.store import read_manifest
 from fac_jax.config.data import Source
 from fac_jax.config.downstream import StudyConfig
 from fac_jax.config.file import Config, load_config
 from fac_jax.errors import UserError
-from fac_jax.pipeline import check_data, data_fingerprint, pipeline
-from fac_jax.plain import digest
+from fac_jax.pipeline import check_data, data_fingerprint, external_store, pipeline
+from fac_jax.plain import digest, to_plain
 from fac_jax.runs import RECORD, Record, Stage, read_record
+from tests.activations.tiny_store import fill, manifest
 from tests.gang import keeping_programs
 
 ROOT = Path(__file__).parent.parent
@@ -115,11 +117,26 @@ def test_the_sets_and_labels_that_a_run_comes_to_late_are_asked_for_at_once() ->
     assert check_data(replace(published, llm=replace(published.llm, url="http://a/v1")))
 
 
+def test_a_store_from_before_its_files_were_noted_is_what_it_was(tmp_path: Path) -> None:
+    fill(tmp_path, manifest(), batches=2, rows=250)
+    there = to_plain(read_manifest(tmp_path))
+    assert there.pop("files_digest") == "" and external_store(str(tmp_path)) == [digest(there)]
+
+
+def test_a_study_without_labels_does_not_begin() -> None:
+    published = load_config(ROOT / "configs/llama31_8b_l16.yaml")
+    asked = replace(published, llm=replace(published.llm, url="http://a/v1"), study=StudyConfig(budgets=(25,)))
+    with pytest.raises(UserError, match=r"study.budgets are set, and neither data.seed nor data.anchor has the labels"):
+        check_data(asked)
+
+
 def test_the_config_that_the_readme_shows_is_one(tmp_path: Path) -> None:
     text = (ROOT / "README.md").read_text(encoding="utf-8").partition("## Your own data")[2]
     shown = text.partition("```yaml\n")[2].partition("```")[0]
     (tmp_path / "my.yaml").write_text(shown.replace("configs/quickstart.yaml", str(ROOT / "configs/quickstart.yaml")))
-    assert check_data(load_config(tmp_path / "my.yaml")) == ["chat", "anchor", "seed", "heldout"]
+    config = load_config(tmp_path / "my.yaml")
+    assert check_data(config) == ["chat", "anchor", "seed", "heldout"]
+    assert all(data.sample == 1 for data in config.data.values()), "nothing that is not shown takes documents away"
 
 
 def test_who_answers_changes_only_what_asks(tmp_path: Path) -> None:

@@ -153,9 +153,14 @@ def test_a_damaged_product_is_named(recorder: Recorder, config: Config) -> None:
     with pytest.raises(UserError, match="value.txt has 18 bytes instead of 1"):
         execute(config, chain(recorder))
     value.unlink()
-    with pytest.raises(UserError, match=r"value.txt is missing.*or delete .*products/one, and it is made again"):
+    with pytest.raises(
+        UserError, match=r"value.txt is missing.*rename .*stage.json to stage.partial.json: `fac one CONFIG` then"
+    ):
         execute(config, chain(recorder))
     record = Path(config.run.dir, "products/one", RECORD)
+    record.rename(record.with_name(PARTIAL))
+    execute(config, chain(recorder))
+    assert value.exists() and recorder.ran[3:] == ["one"], "what was made from it is what it was"
     record.write_text("{")
     with pytest.raises(UserError, match="cannot be read"):
         read_record(record.parent)

@@ -28,6 +28,9 @@ from fac_jax.plain import from_plain, to_plain
 from fac_jax.runs import whole_lines
 from fac_jax.text import Document
 
+DEALT = 2
+"""Raised when documents are dealt to streams in another way, so that what was noted before means other documents."""
+
 
 @dataclass(frozen=True)
 class Position:
@@ -132,7 +135,7 @@ class Positions:
         if window == len(self._known[index]):
             self._known[index].append(position)
             with open(self._file, "a", encoding="utf-8") as file:
-                file.write(json.dumps(to_plain(_Note(index, window, position))) + "\n")
+                file.write(json.dumps(to_plain(_Note(index, window, position, DEALT))) + "\n")
 
 
 @dataclass(frozen=True)
@@ -142,6 +145,8 @@ class _Note:
     stream: int
     window: int
     begins: Position
+    dealt: int = 1
+    """How documents are dealt to streams: DEALT; 1, in turn, in lines from before it was noted."""
 
 
 def _notes(file: Path) -> Iterator[_Note]:
@@ -149,6 +154,12 @@ def _notes(file: Path) -> Iterator[_Note]:
     for line in file.read_text(encoding="utf-8").splitlines(keepends=True):
         if line.endswith("\n"):
             try:
-                yield from_plain(_Note, json.loads(line), str(file))
+                note = from_plain(_Note, json.loads(line), str(file))
             except ValueError as error:
                 raise UserError(f"{file} is damaged ({error}): delete it, its positions will be found anew") from None
+            if note.dealt != DEALT:
+                raise UserError(
+                    f"{file} is of a version of fac_jax that dealt documents to streams in another way: delete the "
+                    "folder of the training to start it again"
+                )
+            yield note

@@ -292,8 +292,9 @@ def digest_of_rows(manifest: Manifest) -> tuple[Any, ...]:
     """Equal for two stores that were harvested alike, and so hold the same rows."""
     totals = manifest.totals
     assert totals is not None
-    held = identity(manifest) | {"writers": 0, "model": "", "members": ()}
-    return (*held.values(), *(split.rows for split in totals.splits.values()), totals.splits["train"].mean)
+    held = identity(manifest) | {"writers": 0, "model": "", "members": (), "files_digest": ""}
+    mean = tuple(f"{value:.9g}" for value in totals.splits["train"].mean)  # versions add up in other orders
+    return (*held.values(), *(split.rows for split in totals.splits.values()), mean)
 
 
 def _absolute(store: str) -> str:

@@ -20,7 +20,7 @@ from fac_jax.config.file import Config
 from fac_jax.distributed import is_first
 from fac_jax.errors import UserError
 from fac_jax.plain import suggest, to_plain
-from fac_jax.runs import Record, Run, Stage, read_record, write_text
+from fac_jax.runs import Record, Run, Stage, write_text
 
 
 def run(config: Config, verb: str, options: dict[str, str]) -> None:
@@ -34,7 +34,7 @@ def run(config: Config, verb: str, options: dict[str, str]) -> None:
         _dry_run(config, list(stages))
         return
     with Run(config) as run:
-        if trains_classifier(config) and read_record(run.folder(stages["finetune"])) is None:
+        if trains_classifier(config) and run.state(stages["finetune"], stages)[0] != "done":
             check_held_out(config)
         wanted = [name for name, stage in stages.items() if not stage.on_request]
         run_stages(run, stages, [name for name in wanted if name != "report"])

@@ -119,8 +119,8 @@ def check_held_out(config: Config) -> bool:
     for name in training:
         arm = _labelled_texts(config, name)
         check_disjoint(list(arm), list(measured), name, heldout)
-        texts = ({one: text for one, (text, _) in found.items()}.items() for found in (arm, measured))
-        check_texts_disjoint(*texts, name, heldout)
+        trained, held = ([(one, text) for one, (text, _) in found.items()] for found in (arm, measured))
+        check_texts_disjoint(trained, held, name, heldout)
     return True
 
 

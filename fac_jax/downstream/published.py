@@ -29,7 +29,7 @@ from fac_jax.config.data import DataSet
 from fac_jax.config.downstream import FinetuneConfig
 from fac_jax.errors import UserError
 from fac_jax.text import ASSISTANT, USER, Turn, document_hash, parsed_rows
-from fac_jax.words import words
+from fac_jax.words import is_text, words
 
 Kind = Literal["pair", "instruction", "prompt"]
 """What a row must hold: two answers, one, or none."""
@@ -123,7 +123,7 @@ def read_row(row: Any, where: str, kind: Kind, named: FinetuneConfig) -> Example
         raise UserError(f"{where}: an answer is empty")
     if len(answers) == 2 and answers[0] == answers[1]:
         raise UserError(f"{where}: the better and the worse answer are the same")
-    if any("\ud800" <= c <= "\udfff" for text in (*(turn.content for turn in prompt), *answers) for c in text):
+    if not all(map(is_text, (*(turn.content for turn in prompt), *answers))):
         raise UserError(f"{where}: the text holds half of a UTF-16 pair, which is no character")
     subset = next((row[name] for name in ("subset", "dataset") if isinstance(row.get(name), str)), None)
     return Example(prompt, answers, subset, where)

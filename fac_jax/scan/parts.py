@@ -24,7 +24,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from fac_jax.errors import UserError
+from fac_jax.errors import UserError, first_line
 from fac_jax.packing import PackedBatch
 from fac_jax.plain import from_plain, to_plain
 from fac_jax.runs import write_text
@@ -138,6 +138,17 @@ def check_identity(out: Path, identity: Identity) -> None:
             f"the scan in {out} was made with {was}, the config asks {now}: delete the folder to scan again, "
             "or set another run.dir to keep both"
         )
+
+
+def check_whole(out: Path, identity: Identity) -> None:
+    """Raise UserError when a finished scan in `out` lacks a table, or has one without its end."""
+    for name in ("features", *(("documents", "peaks") if identity.peaks != "none" else ())):
+        try:
+            pq.read_metadata(out / f"{name}.parquet")
+        except (OSError, pa.ArrowException) as error:
+            raise UserError(
+                f"{out / name}.parquet is missing or damaged ({first_line(error)}): delete {out} to scan again"
+            ) from None
 
 
 def _differences(one: Identity, other: Identity) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -68,7 +68,9 @@ def scan(config: Config, out: Path, inputs: Mapping[str, Path], name: str, peaks
         config.scan.acts, config.scan.top_spans, config.scan.span_tokens, kept, files_digest(dataset),
     )  # fmt: skip
     parts.check_identity(out, identity)
-    if not (out / "scan.json").exists():
+    if (out / "scan.json").exists():
+        parts.check_whole(out, identity)
+    else:
         empty = written is not None and not _has_rows(dataset)
         scan_share(config, out, identity, kept_f, loaded, sae, share, None if empty else dataset)
         beat(f"scanning {name}: waiting for the other shares", math.inf)  # they may be longer; the dead have no pulse

@@ -230,6 +230,10 @@ def test_damaged_positions(config: Config, tmp_path: Path, backbone: FakeBackbon
     (tmp_path / "positions/p0000.jsonl").write_text("{oh\n")
     with pytest.raises(UserError, match=r"p0000.jsonl is damaged \(.*delete it, its positions will be found anew"):
         LiveRows(config, tmp_path)
+    old = {"stream": 0, "window": 1, "begins": {"epoch": 0, "document": 3, "skip": 1}}  # dealt in turn
+    (tmp_path / "positions/p0000.jsonl").write_text(json.dumps(old) + "\n")
+    with pytest.raises(UserError, match="of a version of fac_jax that dealt documents to streams in another way"):
+        LiveRows(config, tmp_path)
 
 
 def test_the_next_window_is_computed_meanwhile(config: Config, tmp_path: Path, backbone: FakeBackbone) -> None:

@@ -319,6 +319,15 @@ def test_killed_after_the_product_was_written(config: Config, tmp_path: Path, mo
     assert fingerprints(tmp_path / "out") == before
 
 
+@pytest.mark.parametrize("name", ["documents", "peaks", "features"])
+def test_a_finished_scan_that_lacks_a_table_is_not_taken_for_whole(config: Config, tmp_path: Path, name: str) -> None:
+    run(config, tmp_path / "out")
+    table = tmp_path / f"out/{name}.parquet"
+    table.write_bytes(table.read_bytes()[:-100])
+    with pytest.raises(UserError, match=rf"{name}.parquet is missing or damaged \(.*\): delete .* to scan again"):
+        run(config, tmp_path / "out")
+
+
 @pytest.mark.parametrize("which", [0, 2, -1])
 def test_a_missing_piece_is_named(config: Config, tmp_path: Path, which: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(stretch, "COMMIT_DOCUMENTS", 6)
