@@ -41,12 +41,14 @@ def checks(config: Config, named: bool = True) -> Iterator[tuple[str, bool, str]
     yield from _check("mesh", partial(_mesh, config))
     if named:
         yield from _check("model", partial(_model, config))
-    about_data = [
-        *(_check("data", partial(_sets, config)) if named else ()),
-        *(one for name in config.data for one in _check(f"data.{name}", partial(_data, config, name))),
-    ]
-    yield from about_data
-    if named and all(well for _, well, _ in about_data) and trains_classifier(config):
+    asked: dict[str, Callable[[], str]] = {"data": partial(_sets, config)} if named else {}
+    asked |= {f"data.{name}": partial(_data, config, name) for name in config.data}
+    sound = True
+    for name, find in asked.items():
+        for one in _check(name, find):
+            sound &= one[1]
+            yield one
+    if named and sound and trains_classifier(config):
         yield from _check("held out", partial(_held_out, config))
     yield from _check("disk", partial(_disk, config))
     if config.llm.url:

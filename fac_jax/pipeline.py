@@ -48,6 +48,7 @@ from fac_jax.study.study import study
 from fac_jax.study.texts import write_texts
 from fac_jax.synthesis.ablation import ablate
 from fac_jax.synthesis.synthesize import synthesize
+from fac_jax.text import file_fingerprints
 
 WRITTEN = ("kept", "random")
 """Data sets that synthesis writes: the samples that passed, and as many chosen blindly."""
@@ -371,11 +372,10 @@ def _report_settings(config: Config, outdated: Mapping[str, str] | None = None) 
 def data_fingerprint(config: Config, name: str) -> dict[str, Any]:
     """A data set's settings and the fingerprints of its files."""
     dataset: DataSet = config.dataset(name)
-    read = {source.path for source in (*dataset.sources, *dataset.without)}
     settings = to_plain(dataset)
     if not dataset.without:  # products from before there was such a setting stay what they are
         del settings["without"]
-    return {"name": name, "settings": settings, "files": {path: corpus_fingerprints(path) for path in sorted(read)}}
+    return {"name": name, "settings": settings, "files": file_fingerprints(dataset)}
 
 
 def model_fingerprint(source: str) -> str | list[str]:

@@ -167,10 +167,15 @@ def parsed_rows(
                 yield parsed
 
 
+def file_fingerprints(dataset: DataSet) -> dict[str, list[str]]:
+    """Of the files of a data set, those of `without` among them, by the path that names them, in order."""
+    paths = {source.path for source in (*dataset.sources, *dataset.without)}
+    return {path: fingerprints(path) for path in sorted(paths)}
+
+
 def files_digest(dataset: DataSet) -> str:
     """Stands for what the files of a data set hold: elsewhere, or later, other files may lie at the same paths."""
-    paths = sorted({source.path for source in (*dataset.sources, *dataset.without)})
-    return digest([fingerprints(path) for path in paths])
+    return digest(list(file_fingerprints(dataset).values()))
 
 
 def is_quickly_read(dataset: DataSet) -> bool:

@@ -114,20 +114,20 @@ def check_held_out(config: Config) -> bool:
     heldout, *training = config.finetune.heldout, config.coverage.seed, config.coverage.anchor
     if not all(is_quickly_read(config.dataset(name)) for name in (heldout, *training)):
         return False
-    measured = _labelled_texts(config, heldout)
-    _check_classes(heldout, {positive for _, positive in measured.values()})
+    measured = _labelled_documents(config, heldout)
+    _check_classes(heldout, {positive for *_, positive in measured})
+    ids, texts = [one for one, *_ in measured], [(one, text) for one, text, _ in measured]
     for name in training:
-        arm = _labelled_texts(config, name)
-        check_disjoint(list(arm), list(measured), name, heldout)
-        trained, held = ([(one, text) for one, (text, _) in found.items()] for found in (arm, measured))
-        check_texts_disjoint(trained, held, name, heldout)
+        arm = _labelled_documents(config, name)
+        check_disjoint([one for one, *_ in arm], ids, name, heldout)
+        check_texts_disjoint([(one, text) for one, text, _ in arm], texts, name, heldout)
     return True
 
 
-def _labelled_texts(config: Config, name: str) -> dict[str, tuple[str, bool]]:
-    """Text and class of each labelled document of a data set, by id."""
+def _labelled_documents(config: Config, name: str) -> list[tuple[str, str, bool]]:
+    """Id, text and class of each labelled document of a data set."""
     documents = read_documents(config.dataset(name), name)
-    return {one.id: (one.text, one.label > POSITIVE_ABOVE) for one in documents if one.label is not None}
+    return [(one.id, one.text, one.label > POSITIVE_ABOVE) for one in documents if one.label is not None]
 
 
 def _check_classes(heldout: str, classes: set[bool]) -> None:
